@@ -1,0 +1,170 @@
+"""What crosses the rooms: plain frozen records. Imports nothing heavier than the standard library.
+
+InputFile, Unit        how the input is cut          reader  → ledger, runner
+InputRow               one row of input              reader  → prompts
+Prompt                 token ids for the engine      prompts → engine
+Completion             token ids from the engine     engine  → runner
+OutputRow              one finished row of output    runner  → ledger, writer
+RowFailure, RowSkip    how a row ended otherwise     any     → ledger
+Part                   one output file               writer  → ledger
+EngineStats            counters for people           engine  → monitor
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+FailureKind = Literal[
+    "bad_record", "template_error", "prompt_too_long", "empty_prompt", "engine_error"
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputFile:
+    """A file of input as it was when the job began."""
+
+    uri: str
+    size_bytes: int
+    etag: str  # the store's etag or checksum; for local files, size and mtime in nanoseconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """A contiguous range of rows of one input file: what a commit covers.
+
+    `byte_start` and `byte_end` bound the rows of a plain JSONL file, so that a reader seeks
+    there; they are None for formats that are addressed by row.
+    """
+
+    unit_id: int  # position in input order, from 0
+    file_index: int
+    row_start: int  # within the file
+    num_rows: int
+    byte_start: int | None = None
+    byte_end: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowKey:
+    """Which row: its unit, and its position within the unit (from 0)."""
+
+    unit_id: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputRow:
+    """One row of input. `address` is `<file uri>:<row in file>`, the row's lasting name."""
+
+    key: RowKey
+    address: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What the engine is to complete."""
+
+    key: RowKey
+    token_ids: Sequence[int]  # at least one
+    max_tokens: int  # at least one
+    seed: int  # 63 bits, from row_seed()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine generated for one prompt.
+
+    `token_ids` holds every generated token up to and with the one that ended it (a stop token or
+    the token in which a stop string was completed); taking those off the text is the runner's.
+    """
+
+    key: RowKey
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRow:
+    """One row of output: values by output column, of the output schema's types."""
+
+    key: RowKey
+    address: str
+    values: Mapping[str, object]
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowFailure:
+    """A row that ended in an error: a dead letter."""
+
+    key: RowKey
+    address: str
+    kind: FailureKind
+    message: str
+    excerpt: str = ""  # the start of the rendered prompt or of the raw record, at most 200 chars
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSkip:
+    """A row that was left out because the job says so."""
+
+    key: RowKey
+    address: str
+    reason: str
+
+
+RowResult = OutputRow | RowFailure | RowSkip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One output file, named by its content."""
+
+    path: str  # relative to the output folder
+    num_rows: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine started. Cheap to take; safe from another thread."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_swapped: int = 0
+    num_finished: int = 0
+    prompt_tokens: int = 0  # of admitted prompts, cached ones included
+    cached_prompt_tokens: int = 0  # found in the prefix cache, not computed
+    output_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    kv_waste: float = 0.0  # mean over the run: 1 - tokens stored / slots allocated
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    stalled_sequences: int = 0  # sequence-windows that waited in place for KV room
+
+
+class PromptSource(Protocol):
+    """Where the engine pulls prompts from; bounded, filled by other threads."""
+
+    def take(self, max_prompts: int, *, wait: bool) -> list[Prompt]:
+        """Up to `max_prompts` prompts. With `wait`, an empty list means that none will come."""
+        ...
+
+
+def row_seed(job_seed: int, address: str, sample_index: int = 0) -> int:
+    """A row's 63-bit seed: the same on any worker and after any restart."""
+    text = f"{job_seed}\x1f{address}\x1f{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
