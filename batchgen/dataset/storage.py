@@ -1,0 +1,355 @@
+"""The one door to fsspec: a folder on a store, with an exclusive and durable `create`.
+
+Every write is whole or absent after a crash, and nothing relies on append or on a store's listing
+cache. On local disk that is a temporary file, fsync, and a hard link to the final name; on object
+stores one conditional PUT. Stores that cannot create exclusively are refused as an output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from batchgen.errors import StorageError, UnsupportedError, UsageError
+
+_TEMPORARY_PREFIX = ".tmp-"
+_LOCAL = frozenset({"file", "local"})
+_S3 = frozenset({"s3", "s3a"})
+_GCS = frozenset({"gs", "gcs"})
+_EXTRAS = dict.fromkeys(_S3, "batchgen[s3]") | dict.fromkeys(_GCS, "batchgen[gcs]")
+_STORE_ERRORS = (  # beside OSError
+    (
+        _S3,
+        (
+            "botocore.exceptions.BotoCoreError",
+            "botocore.exceptions.ClientError",
+            "aiohttp.ClientError",
+        ),
+    ),
+    (
+        _GCS,
+        (
+            "gcsfs.retry.HttpError",
+            "google.auth.exceptions.GoogleAuthError",
+            "aiohttp.ClientError",
+        ),
+    ),
+    (frozenset({"http", "https"}), ("aiohttp.ClientError",)),
+)
+_CREATE_ATTEMPTS = 4
+
+# fsspec's memory store is one per process and its exclusive open looks before it writes, so the
+# lock that makes the two steps one is per process as well.
+_memory_lock = threading.Lock()
+
+
+class Storage:
+    """A folder on a store. Paths are relative to it, with forward slashes.
+
+    Every method raises StorageError when the store refuses (full, read-only, no permission,
+    unreachable); the message says what, where and what to do.
+    """
+
+    def __init__(self, uri: str, root: str, store: _Store) -> None:
+        self.uri = uri
+        self._root = root
+        self._store = store
+
+    @classmethod
+    def open(cls, uri: str, storage_options: Mapping[str, object] | None = None) -> Storage:
+        """The folder at `uri` (local path, file, memory, s3, gs), which need not exist yet."""
+        protocol = protocol_of(uri)
+        uri = uri.rstrip("/")
+        if protocol in _LOCAL:
+            return cls(uri, local_path(uri), _LocalStore())
+        if protocol not in _S3 | _GCS | {"memory"}:
+            raise UnsupportedError(
+                f"{redact(uri)}: an output on {protocol}:// is not supported, since that store "
+                "is not known to create a file exclusively; use a local folder, s3:// or gs://"
+            )
+        filesystem = open_filesystem(uri, storage_options)
+        root = str(filesystem._strip_protocol(uri)).rstrip("/")
+        return cls(uri, root, _ObjectStore(filesystem, protocol))
+
+    def child(self, path: str) -> Storage:
+        """The folder `path` below this one."""
+        return Storage(f"{self.uri}/{path}", self._full(path), self._store)
+
+    def read(self, path: str) -> bytes:
+        """The whole file. Raises FileNotFoundError when it is absent."""
+        with self._refusals("read", path, passing=(FileNotFoundError,)):
+            return self._store.read(self._full(path))
+
+    def exists(self, path: str) -> bool:
+        """Whether the file is there now."""
+        with self._refusals("look up", path):
+            return self._store.exists(self._full(path))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Paths of all files below the folder `prefix`, sorted; empty when it is absent."""
+        with self._refusals("list", prefix):
+            found = self._store.list(self._full(prefix))
+        return sorted(f"{prefix}/{name}" if prefix else name for name in found)
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a new file, whole and durable. Raises FileExistsError when it is there already.
+
+        Of any number of callers in any processes exactly one succeeds. On an object store a lost
+        reply can make the winner's own retry report FileExistsError: compare what is there.
+        """
+        with self._refusals("write", path, passing=(FileExistsError,)):
+            self._store.create(self._full(path), data)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file, whole and durable, in place of one that may be there."""
+        with self._refusals("write", path):
+            self._store.put(self._full(path), data)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Remove files. Absent ones are fine."""
+        for path in paths:
+            with self._refusals("delete", path):
+                self._store.delete(self._full(path))
+
+    def _full(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    @contextlib.contextmanager
+    def _refusals(
+        self, action: str, path: str, *, passing: tuple[type[OSError], ...] = ()
+    ) -> Iterator[None]:
+        try:
+            yield
+        except passing:
+            raise
+        except self._store.errors as error:
+            where = f"{self.uri}/{path}" if path else self.uri
+            raise StorageError(refusal(action, where, error)) from error
+
+
+class _Store(Protocol):
+    """What Storage needs from a store. Paths are the store's own."""
+
+    errors: tuple[type[Exception], ...]
+
+    def read(self, path: str) -> bytes: ...
+    def exists(self, path: str) -> bool: ...
+    def list(self, folder: str) -> list[str]: ...
+    def create(self, path: str, data: bytes) -> None: ...
+    def put(self, path: str, data: bytes) -> None: ...
+    def delete(self, path: str) -> None: ...
+
+
+class _LocalStore:
+    errors: tuple[type[Exception], ...] = (OSError,)
+
+    def read(self, path: str) -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    def exists(self, path: str) -> bool:
+        return os.path.isfile(path)
+
+    def list(self, folder: str) -> list[str]:
+        return [
+            os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+            for parent, _, names in os.walk(folder, onerror=_raise_unless_absent)
+            for name in names
+            if not name.startswith(_TEMPORARY_PREFIX)
+        ]
+
+    def create(self, path: str, data: bytes) -> None:
+        with _durable_temporary(path, data) as temporary:
+            os.link(temporary, path)
+        _sync_folder(os.path.dirname(path))
+
+    def put(self, path: str, data: bytes) -> None:
+        with _durable_temporary(path, data) as temporary:
+            os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path))
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+class _ObjectStore:
+    """A store in which a PUT is atomic: memory, S3, Google Cloud Storage."""
+
+    def __init__(self, filesystem: Any, protocol: str) -> None:
+        self._filesystem = filesystem
+        self._is_memory = protocol == "memory"
+        self.errors = store_errors(protocol)
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._filesystem.cat_file(path))
+
+    def exists(self, path: str) -> bool:
+        self._filesystem.invalidate_cache()
+        return bool(self._filesystem.isfile(path))
+
+    def list(self, folder: str) -> list[str]:
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._filesystem.find(folder)
+        except FileNotFoundError:
+            return []
+        start = f"{folder}/"
+        return [
+            name.removeprefix(start)
+            for name in found
+            if name.startswith(start) and not name.endswith("/")
+        ]
+
+    def create(self, path: str, data: bytes) -> None:
+        if self._is_memory:
+            with _memory_lock:
+                self._filesystem.pipe_file(path, data, mode="create")
+            return
+        for attempt in range(_CREATE_ATTEMPTS):
+            try:
+                self._filesystem.pipe_file(path, data, mode="create")
+                return
+            except FileExistsError:
+                raise
+            except OSError as error:
+                code = _s3_error_code(error)
+                if code in {"PreconditionFailed", "412"}:
+                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
+                # S3 answers so while another conditional write of the same key is under way.
+                if code != "ConditionalRequestConflict" or attempt == _CREATE_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.1 * 2**attempt)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._filesystem.pipe_file(path, data)
+
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(path)
+
+
+@contextlib.contextmanager
+def _durable_temporary(path: str, data: bytes) -> Iterator[str]:
+    """A synced temporary file beside `path`, which is gone afterwards."""
+    folder = os.path.dirname(path)
+    _make_folder(folder)
+    temporary = os.path.join(folder, f"{_TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folder(parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder)
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(errno.ENOTDIR, "a file is in the place of this folder", folder)
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def _s3_error_code(error: OSError) -> str | None:
+    response = getattr(error.__cause__, "response", None)
+    return str(response["Error"].get("Code")) if response else None
+
+
+def protocol_of(uri: str) -> str:
+    """`file` for plain paths, else the part before `://`. Chained urls are refused."""
+    if "::" in uri:
+        raise UnsupportedError(f"{redact(uri)}: chained urls (a::b) are not supported")
+    protocol, separator, _ = uri.partition("://")
+    return protocol.lower() if separator else "file"
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local uri."""
+    path = re.sub(r"^(file|local)://", "", uri)
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def open_filesystem(uri: str, storage_options: Mapping[str, object] | None) -> Any:
+    """The fsspec file system of a uri, with listing caches off."""
+    import fsspec
+
+    protocol = protocol_of(uri)
+    options = {**(storage_options or {}), "use_listings_cache": False}
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        package = _EXTRAS.get(protocol)
+        install = f"pip install '{package}'" if package else str(error)
+        raise UsageError(f"{redact(uri)}: {protocol}:// needs a package: {install}") from error
+    except store_errors(protocol) as error:
+        raise StorageError(refusal("open", uri, error)) from error
+    except ValueError as error:
+        raise UsageError(f"{redact(uri)}: {redact(str(error))}") from error
+
+
+def store_errors(protocol: str) -> tuple[type[Exception], ...]:
+    """What a store raises when it refuses or cannot be reached. Needs the store's package."""
+    names = [name for protocols, names in _STORE_ERRORS if protocol in protocols for name in names]
+    parts = [name.rpartition(".") for name in names]
+    return (OSError, *(getattr(importlib.import_module(module), name) for module, _, name in parts))
+
+
+def refusal(action: str, where: str, error: Exception) -> str:
+    """One line that says what could not be done, where, why, and what to do."""
+    number = error.errno if isinstance(error, OSError) else None
+    again = "then run the same command again: what is committed is kept"
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        why = f"the disk is full ({os.strerror(number)}); free some space, {again}"
+    elif number == errno.EROFS:
+        why = f"the disk is read-only; make it writable or choose another folder, {again}"
+    elif isinstance(error, PermissionError):
+        why = f"permission denied ({_reason(error)}); check the rights or credentials, {again}"
+    elif isinstance(error, FileNotFoundError):
+        why = f"it does not exist ({_reason(error)}); create the folder or bucket, {again}"
+    elif number in {errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}:
+        why = f"this disk has no hard links ({_reason(error)}); choose a folder on another disk"
+    else:
+        why = f"{type(error).__name__}: {_reason(error)}; check the store, {again}"
+    return f"cannot {action} {redact(where)}: {why}"
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return redact(" ".join(str(text).split()))
+
+
+def redact(text: str) -> str:
+    """The text without the user names, passwords and queries of the urls in it."""
+    text = re.sub(r"(\w://)[^/\s@]*@", r"\1", text)
+    return re.sub(r"(\bhttps?://[^\s?\"'>]*)\?[^\s\"'>]*", r"\1", text)
