@@ -1,0 +1,18 @@
+"""Which rows are done: units, partials, commits and dead letters, as files and nothing else."""
+
+from batchgen.ledger.commits import Commit, DeadLetters, RunCounts
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.plan import LedgerPlan, decode_schema, encode_schema, read_job
+from batchgen.ledger.status import read_status
+
+__all__ = [
+    "Commit",
+    "DeadLetters",
+    "Ledger",
+    "LedgerPlan",
+    "RunCounts",
+    "decode_schema",
+    "encode_schema",
+    "read_job",
+    "read_status",
+]

@@ -1,0 +1,255 @@
+"""The ledger: which units are done, and what the others have so far. Files and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal
+
+from batchgen.dataset.storage import Storage, redact
+from batchgen.errors import JobChangedError, UsageError
+from batchgen.job.fingerprint import fingerprint_difference
+from batchgen.ledger.commits import (
+    Commit,
+    DeadLetters,
+    RunCounts,
+    count_results,
+    decode_commit,
+    encode_commit,
+    encode_dead_letters,
+    read_commits,
+    sum_counts,
+)
+from batchgen.ledger.files import (
+    JOB_PATH,
+    commit_path,
+    done_path,
+    full_name,
+    list_partials,
+    partial_path,
+)
+from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
+from batchgen.ledger.plan import (
+    LedgerPlan,
+    StoredJob,
+    decode_schema,
+    encode_job,
+    read_job,
+)
+from batchgen.records import Part, RowFailure, RowResult, Unit
+
+ResumeMode = Literal["if_possible", "always", "never"]
+
+
+class Ledger:
+    """An open ledger of one process. Any number of processes may have the same one open.
+
+    The methods that write are called by one thread at a time; `counts()` by any thread. An error
+    in any of them leaves the files such that a restart goes on from there. Nothing needs closing.
+    """
+
+    def __init__(self, storage: Storage, job: StoredJob, committed: dict[int, Commit]) -> None:
+        self._storage = storage
+        self._job = job
+        self._schema = decode_schema(job.plan.schema_base64)
+        self._committed = committed
+        self._run_id = secrets.token_hex(8)
+        self._num_flushes = 0
+        self._units_of_partial: dict[str, frozenset[int]] = {}
+        self._flushed: dict[int, RunCounts] = {}  # of uncommitted units
+        self._committed_counts = sum_counts(
+            [commit.counts for commit in committed.values()], total=job.plan.num_rows
+        )
+        self._counts = self._committed_counts  # with the flushed; replaced whole, never changed
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        *,
+        resume: ResumeMode,
+        fingerprint: Mapping[str, object],
+        make_plan: Callable[[], LedgerPlan],
+    ) -> Ledger:
+        """Opens the ledger in this folder, or begins it.
+
+        `make_plan` reads the input; it is called only if there is no ledger. If another process
+        begins the ledger meanwhile, its plan counts.
+
+        Raises JobChangedError if the ledger is of another fingerprint, UsageError if `resume`
+        forbids what would happen, BatchgenError if the ledger is damaged.
+        """
+        job = read_job(storage)
+        if job is None:
+            if resume == "always":
+                raise UsageError(
+                    f"resume is `always`, but {redact(storage.uri)} holds no ledger to go on "
+                    "with. Check output.uri and checkpoint.uri, or begin anew with resume "
+                    "`if_possible`."
+                )
+            job = _begin(storage, fingerprint, make_plan())
+        elif resume == "never":
+            raise UsageError(
+                f"resume is `never`, but {redact(storage.uri)} holds the ledger of a run. Nothing "
+                "is deleted for you: go on with it by resume `if_possible`, choose another "
+                "output.uri, or delete the output folder yourself."
+            )
+        _check_fingerprint(job, fingerprint, storage)
+        return cls(storage, job, read_commits(storage, job))
+
+    @property
+    def plan(self) -> LedgerPlan:
+        return self._job.plan
+
+    @property
+    def committed(self) -> Mapping[int, Commit]:
+        """The commits that this process knows of, by unit."""
+        return MappingProxyType(self._committed)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every unit is committed."""
+        return len(self._committed) == len(self.plan.units)
+
+    def counts(self) -> RunCounts:
+        """How the rows of committed units, and those flushed as partials, ended."""
+        return self._counts
+
+    def load_partials(self) -> dict[int, list[RowResult]]:
+        """The finished rows of uncommitted units by unit, each row once, in row order.
+
+        A partial that cannot be understood is left out with a warning in the log.
+        """
+        partials = dict(read_partials(self._storage, self._job))
+        for path, results in partials.items():
+            self._units_of_partial[path] = _units_of(results)
+        merged = merge_partials(list(partials.values()), self._committed)
+        self._flushed = {unit_id: count_results(rows) for unit_id, rows in merged.items()}
+        self._count()
+        return merged
+
+    def flush_partial(self, results: Sequence[RowResult]) -> None:
+        """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
+        if not results:
+            return
+        self._num_flushes += 1
+        path = partial_path(self._run_id, self._num_flushes)
+        data = encode_partial(results, job_id=self._job.job_id, schema=self._schema)
+        try:
+            self._storage.create(path, data)
+        except FileExistsError:
+            # The store's client tried again after a write that had succeeded: nobody else
+            # writes under this run's name.
+            assert self._storage.read(path) == data
+        self._units_of_partial[path] = _units_of(results)
+        for unit_id, rows in merge_partials([results], self._committed).items():
+            before = self._flushed.get(unit_id, RunCounts(total=0))
+            self._flushed[unit_id] = sum_counts(
+                [before, count_results(rows)], total=before.total + len(rows)
+            )
+        self._count()
+
+    def commit(
+        self, unit: Unit, parts: Sequence[Part], results: Sequence[RowResult], *, wall_s: float
+    ) -> bool:
+        """Commits a unit whose parts are written; False if another runner did so before.
+
+        `results` are all rows of the unit, `parts` hold those that succeeded, `wall_s` is the
+        time since the unit's first row was read. Either way the unit is in `committed` after it.
+        """
+        if unit.unit_id in self._committed:
+            return False
+        counts = count_results(results)
+        assert {result.key.index for result in results} == set(range(unit.num_rows))
+        assert all(result.key.unit_id == unit.unit_id for result in results)
+        assert counts.total == counts.ended == unit.num_rows, f"rows of unit {unit.unit_id}"
+        assert counts.ok == sum(part.num_rows for part in parts), f"parts of unit {unit.unit_id}"
+        commit = Commit(
+            job_id=self._job.job_id,
+            run_id=self._run_id,
+            unit_id=unit.unit_id,
+            parts=tuple(parts),
+            dead_letters=self._put_dead_letters(unit, results),
+            counts=counts,
+            wall_s=wall_s,
+        )
+        path = commit_path(unit.unit_id)
+        data = stored = encode_commit(commit)
+        try:
+            self._storage.create(path, data)
+        except FileExistsError:
+            # Another runner's, or ours: a store's client may try again after a write that had
+            # succeeded. The run_id within makes the two differ.
+            stored = self._storage.read(path)
+            commit = decode_commit(stored, self._job, path, full_name(self._storage, path))
+        self._add_commit(commit)
+        return stored == data
+
+    def clean(self) -> None:
+        """Deletes the partials that hold rows of committed units only."""
+        if self.is_complete:
+            stale = list_partials(self._storage)
+        else:
+            stale = [
+                path
+                for path, unit_ids in self._units_of_partial.items()
+                if unit_ids <= self._committed.keys()
+            ]
+        self._storage.delete(stale)
+        for path in stale:
+            self._units_of_partial.pop(path, None)
+
+    def finish(self) -> None:
+        """Notes that the dataset is published: from now on its status is "done"."""
+        assert self.is_complete
+        self.clean()
+        job_id = self._job.job_id
+        self._storage.put(done_path(job_id), json.dumps({"job_id": job_id}).encode())
+
+    def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
+        failures = [result for result in results if isinstance(result, RowFailure)]
+        if not failures:
+            return None
+        letters, data = encode_dead_letters(unit.unit_id, failures)
+        self._storage.put(letters.path, data)
+        return letters
+
+    def _add_commit(self, commit: Commit) -> None:
+        self._committed[commit.unit_id] = commit
+        self._flushed.pop(commit.unit_id, None)
+        counts = [self._committed_counts, commit.counts]
+        self._committed_counts = sum_counts(counts, total=self._counts.total)
+        self._count()
+
+    def _count(self) -> None:
+        counts = [self._committed_counts, *self._flushed.values()]
+        self._counts = sum_counts(counts, total=self._counts.total)
+
+
+def _begin(storage: Storage, fingerprint: Mapping[str, object], plan: LedgerPlan) -> StoredJob:
+    """Creates job.json, or reads the one that another process has created meanwhile."""
+    with contextlib.suppress(FileExistsError):
+        storage.create(JOB_PATH, encode_job(fingerprint, plan))
+    job = read_job(storage)
+    assert job is not None
+    return job
+
+
+def _check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
+    """Raises JobChangedError if the ledger is of another job."""
+    new = json.loads(json.dumps(fingerprint))  # as job.json would hold it: tuples are lists
+    if new == job.fingerprint:
+        return
+    differences = "\n".join(f"  {line}" for line in fingerprint_difference(job.fingerprint, new))
+    raise JobChangedError(
+        f"the job or its input changed since the ledger in {redact(storage.uri)} began:\n"
+        f"{differences}\n"
+        "Undo the change to go on, or choose another output.uri for the changed job."
+    )
+
+
+def _units_of(results: Sequence[RowResult]) -> frozenset[int]:
+    return frozenset(result.key.unit_id for result in results)

@@ -1,0 +1,150 @@
+"""Partials: finished rows of units that are not committed yet, so that a killed run loses little.
+
+A file holds the rows of one flush, of any units:
+
+    "BGPART1\\n" | sha256 of all that follows | length of the head | head | Arrow IPC stream
+
+The head is JSON: the job, failures, skips, and the keys and token counts of the output rows. The
+values of the output rows are a record batch of the output schema, so that they come back as the
+types that went in, which JSON could not promise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from batchgen.dataset.storage import Storage
+from batchgen.errors import BatchgenError
+from batchgen.ledger.files import damaged, full_name, list_partials, parse_json, read_many
+from batchgen.ledger.plan import StoredJob, decode_schema
+from batchgen.records import OutputRow, RowFailure, RowKey, RowResult, RowSkip
+
+_MAGIC = b"BGPART1\n"
+_HASH_BYTES = hashlib.sha256().digest_size
+_LENGTH_BYTES = 8
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OutputHead:
+    """An output row but for its values."""
+
+    key: RowKey
+    address: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    job_id: str
+    outputs: tuple[_OutputHead, ...]  # as many as the record batch has rows, in its order
+    failures: tuple[RowFailure, ...]
+    skips: tuple[RowSkip, ...]
+
+
+_HEAD = TypeAdapter(_Head)
+
+
+def encode_partial(results: Sequence[RowResult], *, job_id: str, schema: pa.Schema) -> bytes:
+    """The bytes of one flush. The values of the rows must fit the output schema."""
+    outputs = [result for result in results if isinstance(result, OutputRow)]
+    head = _HEAD.dump_json(
+        _Head(
+            job_id=job_id,
+            outputs=tuple(
+                _OutputHead(
+                    key=row.key,
+                    address=row.address,
+                    num_prompt_tokens=row.num_prompt_tokens,
+                    num_output_tokens=row.num_output_tokens,
+                )
+                for row in outputs
+            ),
+            failures=tuple(_printable(r) for r in results if isinstance(r, RowFailure)),
+            skips=tuple(result for result in results if isinstance(result, RowSkip)),
+        )
+    )
+    columns = [
+        pa.array([row.values[field.name] for row in outputs], type=field.type) for field in schema
+    ]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    body = len(head).to_bytes(_LENGTH_BYTES, "big") + head + sink.getvalue().to_pybytes()
+    return _MAGIC + hashlib.sha256(body).digest() + body
+
+
+def decode_partial(data: bytes, job: StoredJob, where: str) -> list[RowResult]:
+    """The rows of one flush. `where` names the file in errors.
+
+    Raises BatchgenError for a file that is damaged or truncated, and for one of another job.
+    """
+    body_start = len(_MAGIC) + _HASH_BYTES
+    body = data[body_start:]
+    if not data.startswith(_MAGIC) or hashlib.sha256(body).digest() != data[8:body_start]:
+        raise damaged(where, "its checksum does not match")
+    head_end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "big")
+    head = parse_json(_HEAD, body[_LENGTH_BYTES:head_end], where)
+    if head.job_id != job.job_id:
+        raise BatchgenError(f"{where} is of another job.")
+    try:
+        with pa.ipc.open_stream(body[head_end:]) as reader:
+            table = reader.read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(where, str(error)) from None
+    schema = decode_schema(job.plan.schema_base64)
+    if not table.schema.equals(schema) or table.num_rows != len(head.outputs):
+        raise damaged(where, "its output rows are not those that its head announces")
+    columns = {name: table.column(name).to_pylist() for name in table.schema.names}
+    outputs = [
+        OutputRow(
+            key=row.key,
+            address=row.address,
+            values={name: column[i] for name, column in columns.items()},
+            num_prompt_tokens=row.num_prompt_tokens,
+            num_output_tokens=row.num_output_tokens,
+        )
+        for i, row in enumerate(head.outputs)
+    ]
+    return [*outputs, *head.failures, *head.skips]
+
+
+def read_partials(storage: Storage, job: StoredJob) -> Iterator[tuple[str, list[RowResult]]]:
+    """Each partial with its rows. One that cannot be understood is left out with a warning:
+    its rows are generated again, which costs work and nothing else."""
+    for path, data in read_many(storage, list_partials(storage)):
+        try:
+            yield path, decode_partial(data, job, full_name(storage, path))
+        except BatchgenError as error:
+            _log.warning("its finished rows are generated again: %s", error)
+
+
+def merge_partials(
+    partials: Sequence[Sequence[RowResult]], committed: Mapping[int, object]
+) -> dict[int, list[RowResult]]:
+    """The rows of uncommitted units by unit, each row once, in row order."""
+    merged: dict[int, dict[int, RowResult]] = {}
+    for results in partials:
+        for result in results:
+            if result.key.unit_id not in committed:
+                merged.setdefault(result.key.unit_id, {}).setdefault(result.key.index, result)
+    return {
+        unit_id: [rows[index] for index in sorted(rows)] for unit_id, rows in sorted(merged.items())
+    }
+
+
+def _printable(failure: RowFailure) -> RowFailure:
+    """The failure without broken UTF-16 in what it quotes: JSON could not hold that."""
+    return replace(
+        failure,
+        message=failure.message.encode("utf-8", "backslashreplace").decode(),
+        excerpt=failure.excerpt.encode("utf-8", "backslashreplace").decode(),
+    )
