@@ -1,0 +1,69 @@
+"""What a run says at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from batchgen.monitor.progress import format_duration
+from batchgen.records import EngineStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """How a run ended."""
+
+    uri: str  # of the dataset
+    total_rows: int
+    ok_rows: int
+    failed_rows: int
+    skipped_rows: int
+    earlier_rows: int = 0  # of these, the ones that earlier runs had ended
+    wall_s: float
+    engine: EngineStats | None = None  # None where no model was loaded
+    dead_letters: Mapping[str, int] = field(default_factory=dict)  # failed rows by kind
+    dead_letters_uri: str = ""
+
+    def __post_init__(self) -> None:
+        ended = self.ok_rows + self.failed_rows + self.skipped_rows
+        assert ended == self.total_rows, f"{ended} rows ended of {self.total_rows}"
+
+
+def summary_text(run: RunSummary) -> str:
+    """The summary, a few lines."""
+    lines = [
+        f"rows: {run.total_rows:,} = {run.ok_rows:,} ok + {run.failed_rows:,} failed "
+        f"+ {run.skipped_rows:,} skipped" + _earlier(run)
+    ]
+    if run.engine is not None:
+        lines += [_speed(run, run.engine), _kv(run.engine)]
+    if run.failed_rows:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(run.dead_letters.items()))
+        lines.append(f"dead letters: {kinds}, in {run.dead_letters_uri}")
+    lines.append(f"dataset: {run.uri}")
+    return "\n".join(lines)
+
+
+def _earlier(run: RunSummary) -> str:
+    if run.earlier_rows == 0:
+        return ""
+    what = "all" if run.earlier_rows == run.total_rows else f"{run.earlier_rows:,}"
+    return f" ({what} done before this run)"
+
+
+def _speed(run: RunSummary, engine: EngineStats) -> str:
+    wall_s = max(run.wall_s, 1e-9)
+    rows = run.total_rows - run.earlier_rows
+    return (
+        f"time: {format_duration(run.wall_s)}, {rows / wall_s:,.1f} rows/s, "
+        f"{engine.prompt_tokens:,} prompt tokens ({engine.prompt_tokens / wall_s:,.0f}/s), "
+        f"{engine.output_tokens:,} output tokens ({engine.output_tokens / wall_s:,.0f}/s)"
+    )
+
+
+def _kv(engine: EngineStats) -> str:
+    hits = engine.cached_prompt_tokens / engine.prompt_tokens if engine.prompt_tokens else 0.0
+    return (
+        f"KV: {engine.kv_waste:.1%} wasted, {hits:.0%} of prompt tokens from the prefix cache, "
+        f"{engine.swapped_out_blocks:,} blocks swapped out and {engine.swapped_in_blocks:,} in"
+    )

@@ -1,0 +1,1 @@
+"""Rows become prompts, completions become text."""
