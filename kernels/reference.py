@@ -1,0 +1,357 @@
+"""The only plain torch reference of each kernel; the CPU backend samples with it, too.
+
+T tokens, B sequences (batch rows), R slots, N query heads, K kv heads, H head size, D hidden,
+I intermediate, V vocabulary, P blocks, S block size, C columns of a fused matrix, M positions,
+X blocks of a table row, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# ---- element-wise and sampling ------------------------------------------------------------------
+
+_TILE = 24576  # logits of an operation: stays in cache, and under what torch spreads over threads
+_ROWS_PER_TASK = 8
+_FEW_CANDIDATES = (1024, 8192)  # top_p sorts that many of the largest logits before it sorts all
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + eps)) in fp32, rounded before and after the weight."""
+    x_fp32 = x_TD.float()
+    scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return weight_D * (x_fp32 * scale).to(x_TD.dtype)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`residual_TD += x_TD` in place, then the norm of the rounded sum."""
+    residual_TD += x_TD
+    return rms_norm(residual_TD, weight_D, eps)
+
+
+def silu_mul(gate_up_T2I: Tensor) -> Tensor:
+    """silu(gate) * up, with silu in fp32 and rounded before the product. Returns [T, I]."""
+    gate, up = gate_up_T2I.chunk(2, dim=-1)
+    gate_fp32 = gate.float()
+    return (gate_fp32 * torch.sigmoid(gate_fp32)).to(gate.dtype) * up
+
+
+def rotate(x_TNH: Tensor, cos_sin_MH: Tensor, positions_T: Tensor) -> Tensor:
+    """Rotary embedding in fp32: halves (a, b) of a head become (a c - b s, b c + a s)."""
+    cos, sin = cos_sin_MH[positions_T.long(), None].chunk(2, dim=-1)
+    a, b = x_TNH.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TNH.dtype)
+
+
+def kv_write(
+    qkv_TC: Tensor,
+    cos_sin_MH: Tensor,
+    positions_T: Tensor,
+    slot_mapping_T: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    *,
+    num_q_heads: int,
+    q_norm_H: Tensor | None = None,
+    k_norm_H: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Norms and rotates queries and keys, writes keys and values, returns q_TNH."""
+    _, num_kv_heads, block_size, head_size = k_cache_PKSH.shape
+    heads = qkv_TC.unflatten(-1, (-1, head_size))
+    q, k, v = heads.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_norm_H is not None and k_norm_H is not None:
+        q, k = rms_norm(q, q_norm_H, eps), rms_norm(k, k_norm_H, eps)
+    has_slot = slot_mapping_T >= 0
+    slots = slot_mapping_T[has_slot]
+    blocks, offsets = slots // block_size, slots % block_size
+    k_cache_PKSH[blocks, :, offsets] = rotate(k, cos_sin_MH, positions_T)[has_slot]
+    v_cache_PKSH[blocks, :, offsets] = v[has_slot]
+    return rotate(q, cos_sin_MH, positions_T)
+
+
+def _mix64(z: Tensor) -> Tensor:
+    # splitmix64's finalizer; int64 has no logical shift, hence the masks.
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def noise_keys(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
+    """The int64 key of each row's draw: all that its randomness depends on."""
+    return _mix64(_mix64(seeds_B) + positions_B.long() * -0x61C8864680B583EB)
+
+
+def noise_bits(
+    keys_B: Tensor, token_ids_V: Tensor, *, out: Tensor | None = None, scratch: Tensor | None = None
+) -> Tensor:
+    """31 random bits for each row and token id (int32): int32 >= 0, [B, V]."""
+    keys_B1 = keys_B[:, None]
+    x = torch.bitwise_xor(token_ids_V, keys_B1.to(torch.int32), out=out)
+    shifted = torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
+    x.bitwise_xor_(shifted).mul_(0x7FEB352D).bitwise_xor_((keys_B1 >> 32).to(torch.int32))
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(-0x7B935975)
+    return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted))
+
+
+def log_exponential(bits: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """log(E), E = -log(1 - u), with u = (bits + 0.5) / 2^31 kept below one: minus a Gumbel."""
+    u = bits.float() if out is None else out.copy_(bits)
+    return u.add_(0.5).mul_(2.0**-55 - 2.0**-31).log1p_().neg_().log_()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filters:
+    """The settings of sampling; by default each but the temperature is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def keeps_less_than(self, vocabulary: int) -> bool:
+        """Whether a row's tokens are filtered before the draw."""
+        return self.temperature > 0.0 and (
+            0 < self.top_k < vocabulary or self.top_p < 1.0 or self.min_p > 0.0
+        )
+
+
+def keep_threshold(x_V: Tensor, filters: Filters) -> float:
+    """The logit at and above which top_k, then top_p, then min_p keep a token."""
+    temperature = filters.temperature
+    row_max = float(x_V.amax())
+    threshold = -math.inf
+    if 0 < filters.top_k < len(x_V):
+        threshold = float(x_V.topk(filters.top_k).values[-1])
+    if filters.top_p < 1.0:
+        kept = x_V if threshold == -math.inf else x_V[~(x_V < threshold)]
+        masses = (_mass(tile, row_max, temperature).sum() for tile in kept.split(_TILE))
+        target = filters.top_p * float(sum(masses))
+        for num_candidates in (*_FEW_CANDIDATES, len(kept)):
+            largest = kept.topk(min(num_candidates, len(kept))).values
+            mass = _mass(largest, row_max, temperature)
+            cumulated = mass.cumsum(0)
+            if float(cumulated[-1]) >= target:
+                break
+        # A token stays while the mass of those above it falls short of the target.
+        num_kept = int((cumulated - mass < target).sum())
+        threshold = float(largest[max(num_kept, 1) - 1])
+    if filters.min_p > 0.0:
+        threshold = max(threshold, row_max + temperature * math.log(filters.min_p))
+    return threshold
+
+
+def _mass(x: Tensor, row_max: float, temperature: float) -> Tensor:
+    return (x - row_max).div_(temperature).exp_()
+
+
+class _RowSampler:
+    """Draws row after row in one thread; owns that thread's buffers, of a tile each.
+
+    Fresh memory for every operation would double the time of a draw.
+    """
+
+    def __init__(self, token_ids_V: Tensor, filters: Filters) -> None:
+        self._filters = filters
+        self._token_ids_tiles = token_ids_V.split(_TILE)
+        size = len(self._token_ids_tiles[0])
+        device = token_ids_V.device
+        self._bits, self._scratch = torch.empty((2, 1, size), dtype=torch.int32, device=device)
+        self._noise = torch.empty((1, size), device=device)
+
+    def draw(self, logits_V: Tensor, key: Tensor) -> int:
+        """The token id with the highest score, the lowest of a tie. `key` is of shape [1]."""
+        if self._filters.keeps_less_than(len(logits_V)):
+            x = logits_V.float()
+            dropped = x < keep_threshold(x, self._filters)
+            kept = dropped.logical_not_().nonzero()[:, 0].int()  # a row of NaN keeps all
+            noise = log_exponential(noise_bits(key, kept))[0]
+            return int(kept[torch.sub(x[kept], noise, alpha=self._filters.temperature).argmax()])
+        best, best_id, start = -math.inf, 0, 0
+        for tile, token_ids in zip(logits_V.split(_TILE), self._token_ids_tiles, strict=True):
+            scores = tile.float()
+            if self._filters.temperature > 0.0:
+                scores = self._add_noise(scores, token_ids, key)
+            highest = float(scores.amax())
+            if highest > best:
+                best, best_id = highest, start + int(scores.argmax())
+            start += len(tile)
+        return best_id
+
+    def _add_noise(self, x: Tensor, token_ids: Tensor, key: Tensor) -> Tensor:
+        size = len(x)
+        scratch = self._scratch[:, :size]
+        bits = noise_bits(key, token_ids, out=self._bits[:, :size], scratch=scratch)
+        noise = log_exponential(bits, out=self._noise[:, :size])[0]
+        return torch.sub(x, noise, alpha=self._filters.temperature, out=noise)
+
+
+def sample(
+    logits_BV: Tensor,
+    seeds_B: Tensor,
+    positions_B: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> Tensor:
+    """One token id a row, int64 [B]: the argmax of x - temperature * log(E) over what is kept.
+
+    temperature 0 is argmax, the lowest id of a tie. Logits of any float dtype; not changed.
+    Rows are spread over threads, not operations: a barrier an operation would cost more than the
+    arithmetic whenever another thread of the run has the second core.
+    """
+    batch, vocabulary = logits_BV.shape
+    filters = Filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    token_ids_V = torch.arange(vocabulary, dtype=torch.int32, device=logits_BV.device)
+    keys_B1 = noise_keys(seeds_B, positions_B)[:, None]
+
+    def draw_rows(start: int) -> list[int]:
+        sampler = _RowSampler(token_ids_V, filters)
+        rows = range(start, min(start + _ROWS_PER_TASK, batch))
+        return [sampler.draw(logits_BV[row], keys_B1[row]) for row in rows]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        chunks = list(pool.map(draw_rows, range(0, batch, _ROWS_PER_TASK)))
+    token_ids = [token_id for chunk in chunks for token_id in chunk]
+    return torch.tensor(token_ids, dtype=torch.int64, device=logits_BV.device)
+
+
+def apply_penalties(
+    logits_BV: Tensor,
+    slot_ids_B: Tensor,
+    output_counts_RV: Tensor,
+    prompt_mask_RV: Tensor,
+    *,
+    presence: float,
+    frequency: float,
+    repetition: float,
+) -> None:
+    """Repetition over prompt and output, then frequency and presence over output; in place."""
+    has_slot = slot_ids_B >= 0
+    slots = slot_ids_B[has_slot].long()
+    x = logits_BV[has_slot].float()
+    counts = output_counts_RV[slots]
+    is_generated = counts > 0
+    repeated = torch.where(x > 0, x / repetition, x * repetition)
+    x = torch.where(prompt_mask_RV[slots] | is_generated, repeated, x)
+    x -= frequency * counts + presence * is_generated
+    logits_BV[has_slot] = x.to(logits_BV.dtype)
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def _attend(
+    q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, visible_QL: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention in fp64: out_QNH and lse_QN (natural log). Nothing visible: 0 and -inf."""
+    group = q_QNH.shape[1] // k_LKH.shape[1]
+    k_LNH = k_LKH.double().repeat_interleave(group, dim=1)
+    v_LNH = v_LKH.double().repeat_interleave(group, dim=1)
+    scores_QNL = torch.einsum("qnh,lnh->qnl", q_QNH.double(), k_LNH) * scale
+    scores_QNL = scores_QNL.masked_fill(~visible_QL[:, None, :], -torch.inf)
+    lse_QN = torch.logsumexp(scores_QNL, dim=-1)
+    p_QNL = torch.exp(scores_QNL - torch.nan_to_num(lse_QN, neginf=0.0)[..., None])
+    return torch.einsum("qnl,lnh->qnh", p_QNL, v_LNH), lse_QN
+
+
+def _gather_kv(cache_PKSH: Tensor, blocks_X: Tensor, start: int, end: int) -> Tensor:
+    """The tokens [start, end) of a sequence, contiguous: [L, K, H]."""
+    block_size = cache_PKSH.shape[2]
+    positions_L = torch.arange(start, end, device=cache_PKSH.device)
+    blocks_L = blocks_X[positions_L // block_size].long()
+    return cache_PKSH[blocks_L, :, positions_L % block_size]
+
+
+def paged_prefill(
+    q_TNH: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    block_table_RX: Tensor,
+    slot_ids_B: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    seq_lens_B: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Causal attention over paged KV, in fp64. Padding rows of q_TNH give zeros."""
+    out_TNH = torch.zeros_like(q_TNH, dtype=torch.float64)
+    cu_seqlens_q = cu_seqlens_q_B1.tolist()
+    for row, seq_len in enumerate(seq_lens_B.tolist()):
+        start, end = cu_seqlens_q[row], cu_seqlens_q[row + 1]
+        blocks_X = block_table_RX[slot_ids_B[row]]
+        k_LKH = _gather_kv(k_cache_PKSH, blocks_X, 0, seq_len)
+        v_LKH = _gather_kv(v_cache_PKSH, blocks_X, 0, seq_len)
+        positions_L = torch.arange(seq_len, device=q_TNH.device)
+        visible_QL = positions_L <= positions_L[seq_len - (end - start) :, None]
+        out_TNH[start:end], _ = _attend(q_TNH[start:end], k_LKH, v_LKH, visible_QL, scale)
+    return out_TNH
+
+
+def paged_decode(
+    q_BNH: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    block_table_RX: Tensor,
+    slot_ids_B: Tensor,
+    seq_lens_B: Tensor,
+    *,
+    scale: float,
+    kv_starts_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query a row over its KV from kv_starts on, in fp64: out_BNH and lse_BN."""
+    out_BNH = torch.zeros_like(q_BNH, dtype=torch.float64)
+    lse_BN = torch.zeros(q_BNH.shape[:2], dtype=torch.float64, device=q_BNH.device)
+    for row, seq_len in enumerate(seq_lens_B.tolist()):
+        start = 0 if kv_starts_B is None else int(kv_starts_B[row])
+        blocks_X = block_table_RX[slot_ids_B[row]]
+        k_LKH = _gather_kv(k_cache_PKSH, blocks_X, start, seq_len)
+        v_LKH = _gather_kv(v_cache_PKSH, blocks_X, start, seq_len)
+        visible_QL = torch.ones(1, seq_len - start, dtype=torch.bool, device=q_BNH.device)
+        out_BNH[row], lse_BN[row] = _attend(q_BNH[row, None], k_LKH, v_LKH, visible_QL, scale)
+    return out_BNH, lse_BN
+
+
+def shared_prefix(
+    q_BNH: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    prefix_block_table_GX: Tensor,
+    prefix_lens_G: Tensor,
+    member_ids_U: Tensor,
+    cu_members_G1: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each member over its group's prefix, in fp64; other rows give 0 and -inf."""
+    out_BNH = torch.zeros_like(q_BNH, dtype=torch.float64)
+    lse_BN = torch.full(q_BNH.shape[:2], -torch.inf, dtype=torch.float64, device=q_BNH.device)
+    cu_members = cu_members_G1.tolist()
+    for group, prefix_len in enumerate(prefix_lens_G.tolist()):
+        rows = member_ids_U[cu_members[group] : cu_members[group + 1]].long()
+        blocks_X = prefix_block_table_GX[group]
+        k_LKH = _gather_kv(k_cache_PKSH, blocks_X, 0, prefix_len)
+        v_LKH = _gather_kv(v_cache_PKSH, blocks_X, 0, prefix_len)
+        visible_QL = torch.ones(len(rows), prefix_len, dtype=torch.bool, device=q_BNH.device)
+        out_BNH[rows], lse_BN[rows] = _attend(q_BNH[rows], k_LKH, v_LKH, visible_QL, scale)
+    return out_BNH, lse_BN
+
+
+def merge_attention(
+    out_a_BNH: Tensor, lse_a_BN: Tensor, out_b_BNH: Tensor, lse_b_BN: Tensor
+) -> Tensor:
+    """The attention over two disjoint sets of KV, in fp64; a side with lse -inf is ignored."""
+    lse_2BN = torch.stack([lse_a_BN, lse_b_BN]).double()
+    out_2BNH = torch.stack([out_a_BNH, out_b_BNH]).double()
+    is_empty_2BN = lse_2BN == -torch.inf
+    weight_2BN = torch.softmax(lse_2BN.masked_fill(is_empty_2BN, -1e300), dim=0)
+    weight_2BN = weight_2BN.masked_fill(is_empty_2BN, 0.0)
+    return (out_2BNH.masked_fill(is_empty_2BN[..., None], 0.0) * weight_2BN[..., None]).sum(0)
