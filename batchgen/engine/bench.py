@@ -1,0 +1,122 @@
+"""`batchgen bench`: times the engine alone on requests of token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from batchgen.engine.build import build_engine, resolve_device
+from batchgen.engine.config import EngineOptions, SamplingOptions
+from batchgen.engine.roofline import floor_seconds, measured_ceilings
+from batchgen.errors import UsageError
+from batchgen.models.config import ModelConfig
+from batchgen.models.registry import ModelFiles
+from batchgen.records import Prompt, PromptSource, RowKey, row_seed
+
+
+class RequestList(PromptSource):
+    """All prompts at once, as an offline run has them."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = list(prompts)
+
+    def take(self, max_prompts: int, *, wait: bool) -> list[Prompt]:
+        taken, self._prompts = self._prompts[:max_prompts], self._prompts[max_prompts:]
+        return taken
+
+
+def read_requests(path: Path) -> list[Prompt]:
+    """Lines of {"prompt_token_ids": [...], "max_tokens": N, "ignore_eos": bool}."""
+    prompts = []
+    with path.open(encoding="utf-8") as lines:
+        for index, line in enumerate(lines):
+            prompts.append(_parse_request(path, index, line))
+    if not prompts:
+        raise UsageError(f"{path}: no requests")
+    return prompts
+
+
+def _parse_request(path: Path, index: int, line: str) -> Prompt:
+    where = f"{path}:{index + 1}"
+    try:
+        request = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: not JSON: {error}") from error
+    known = {"prompt_token_ids", "max_tokens", "ignore_eos"}
+    if not isinstance(request, dict) or not request.keys() <= known:
+        raise UsageError(f"{where}: expected an object with the keys {sorted(known)}")
+    ids, max_tokens = request.get("prompt_token_ids"), request.get("max_tokens")
+    if not ids or not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise UsageError(f"{where}: prompt_token_ids must be a list of at least one token id")
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise UsageError(f"{where}: max_tokens must be at least 1, got {max_tokens!r}")
+    return Prompt(
+        key=RowKey(unit_id=0, index=index),
+        token_ids=ids,
+        max_tokens=max_tokens,
+        seed=row_seed(0, f"request:{index}"),
+        ignore_eos=bool(request.get("ignore_eos", False)),
+    )
+
+
+def run_bench(
+    requests: Path,
+    model: ModelConfig,
+    files: ModelFiles | None,
+    options: EngineOptions,
+    sampling: SamplingOptions,
+) -> Mapping[str, object]:
+    """Start-up and wall time of the engine on these requests, and what they amount to."""
+    prompts = read_requests(requests)
+    longest = max(len(prompt.token_ids) + prompt.max_tokens for prompt in prompts)
+    limit = options.max_model_len or model.max_position_embeddings
+    if longest > limit:
+        raise UsageError(
+            f"{requests}: a request of {longest} tokens, prompt and output together, exceeds "
+            f"the model's {limit}"
+        )
+    if options.max_model_len is None:
+        options = dataclasses.replace(options, max_model_len=longest)
+    start = time.perf_counter()
+    engine = build_engine(model, files, options, sampling, decode=None)
+    ready = time.perf_counter()
+    generated: dict[int, int] = {}
+    for completions in engine.run(RequestList(prompts)):
+        for completion in completions:
+            generated[completion.key.index] = len(completion.token_ids)
+    done = time.perf_counter()
+    assert len(generated) == len(prompts), "requests are missing"
+    stats = engine.stats()
+    wall_s = done - ready
+    output_tokens = sum(generated.values())
+    device = resolve_device(options.device)
+    floors = floor_seconds(
+        model, [(p.token_ids, generated[p.key.index]) for p in prompts], measured_ceilings(device)
+    )
+    return {
+        "requests": len(prompts),
+        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
+        "output_tokens": output_tokens,
+        "startup_s": round(ready - start, 3),
+        "wall_s": round(wall_s, 3),
+        "output_tokens_per_s": round(output_tokens / wall_s, 1),
+        "requests_per_s": round(len(prompts) / wall_s, 2),
+        "cached_prompt_tokens": stats.cached_prompt_tokens,
+        "prefill_steps": stats.prefill_steps,
+        "decode_steps": stats.decode_steps,
+        "kv_blocks": stats.blocks_total,
+        "kv_waste": round(stats.kv_waste, 4),
+        "swapped_out_blocks": stats.swapped_out_blocks,
+        "swapped_in_blocks": stats.swapped_in_blocks,
+        "stalled_sequences": stats.stalled_sequences,
+        "floor_compute_s": round(floors.compute_s, 3),
+        "floor_memory_s": round(floors.memory_s, 3),
+        "roofline_share": round(max(floors.compute_s, floors.memory_s) / wall_s, 4),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }

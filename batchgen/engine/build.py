@@ -1,0 +1,176 @@
+"""Puts an engine together for a model and a device."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from batchgen.engine.config import DEFAULTS, EngineOptions, SamplingOptions
+from batchgen.engine.cpu_ops import CpuOps
+from batchgen.engine.engine import Engine
+from batchgen.engine.inputs import SlotState
+from batchgen.engine.kv_memory import KVMemory, block_bytes, check_room
+from batchgen.engine.model_runner import ModelRunner
+from batchgen.engine.ops import EngineOps
+from batchgen.engine.sampler import Sampler
+from batchgen.engine.scheduler import Scheduler, SchedulerConfig
+from batchgen.engine.stopping import Decode, StopStrings
+from batchgen.engine.swap import SwapSpace
+from batchgen.errors import UsageError
+from batchgen.models.config import ModelConfig, resolve_max_model_len
+from batchgen.models.decoder import Decoder
+from batchgen.models.loader import dummy_weights, load_weights, resolve_dtype, tensor_shapes
+from batchgen.models.registry import ModelFiles
+from batchgen.models.rope import cos_sin_table
+
+_GIB = 1 << 30
+_GRAPH_BYTES = 2 * _GIB  # captured graphs, cuBLAS workspaces, split-KV partial results
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU, if there is one. Raises UsageError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"engine.device is {name}, but torch {torch.__version__} sees no CUDA device here; "
+            "use engine.device=cpu or auto"
+        )
+    return device
+
+
+def build_engine(
+    model: ModelConfig,
+    files: ModelFiles | None,
+    options: EngineOptions,
+    sampling: SamplingOptions,
+    decode: Decode | None,
+) -> Engine:
+    """Loads the weights of `files` (random ones with load_format dummy) and builds an engine.
+
+    `decode` turns batches of token ids into texts; it is needed for stop strings only.
+    Raises ModelError for weights that do not fit, UsageError for limits that leave no room.
+    """
+    device = resolve_device(options.device)
+    defaults = DEFAULTS[device.type]
+    dtype = _resolve_dtype(options, model, device)
+    max_model_len = resolve_max_model_len(model, options.max_model_len)
+    max_num_seqs = options.max_num_seqs or defaults.max_num_seqs
+    max_tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
+    decode_window = options.decode_window or defaults.decode_window
+    per_block = block_bytes(model, options.block_size, dtype)
+    num_blocks = options.num_gpu_blocks
+    if num_blocks is None:
+        tokens = max_num_seqs * max_model_len
+        usable = min(
+            _memory_for_kv(model, options, device, dtype, max_num_seqs, max_tokens),
+            per_block * -(-tokens // options.block_size),
+        )
+        num_blocks = usable // per_block
+    check_room(num_blocks, max_model_len, options.block_size)
+    with torch.inference_mode():
+        state = SlotState(
+            num_rows=max_num_seqs,
+            max_blocks=-(-max_model_len // options.block_size),
+            device=device,
+        )
+        memory = KVMemory(
+            model, num_blocks=num_blocks, block_size=options.block_size, dtype=dtype, device=device
+        )
+        ops = _ops(model, memory, state, cos_sin_table(model, max_model_len, device))
+        if options.load_format == "dummy":
+            weights = dummy_weights(model, dtype=dtype, device=device)
+        else:
+            assert files is not None
+            weights = load_weights(files, model, dtype=dtype, device=device)
+        decoder = Decoder(model, weights, ops)
+        del weights
+        swap_bytes = options.cpu_swap_bytes
+        if swap_bytes is None:
+            swap_bytes = min(16 * _GIB, _host_bytes() // 4)
+        swap_blocks = swap_bytes // per_block
+        sampler = Sampler(
+            sampling, ops, num_rows=max_num_seqs, vocab_size=model.vocab_size, device=device
+        )
+        runner = ModelRunner(
+            decoder=decoder,
+            ops=ops,
+            memory=memory,
+            state=state,
+            sampler=sampler,
+            swap=SwapSpace(memory, swap_blocks),
+            max_num_seqs=max_num_seqs,
+            decode_window=decode_window,
+            use_graphs=options.use_cuda_graphs and device.type == "cuda",
+        )
+        runner.warm_up()
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_tokens,
+            max_model_len=max_model_len,
+            decode_window=decode_window,
+            block_size=options.block_size,
+            gpu_blocks=num_blocks,
+            cpu_blocks=swap_blocks,
+            enable_prefix_caching=options.enable_prefix_caching,
+        )
+    )
+    if sampling.stop and decode is None:
+        raise UsageError("stop strings need a tokenizer, and there is none")
+    return Engine(
+        scheduler=scheduler,
+        runner=runner,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        eos_token_ids=frozenset(sampling.eos_token_ids),
+        stop_strings=StopStrings(sampling.stop, decode) if sampling.stop and decode else None,
+        min_tokens=sampling.min_tokens,
+        lookahead=defaults.lookahead,
+    )
+
+
+def _resolve_dtype(options: EngineOptions, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is what the model was saved in; on a CPU without bf16 instructions, fp32 instead."""
+    dtype = resolve_dtype(options.dtype, model)
+    has_bf16 = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if options.dtype == "auto" and dtype != torch.float32 and not has_bf16:
+        return torch.float32
+    return dtype
+
+
+def _ops(model: ModelConfig, memory: KVMemory, state: SlotState, cos_sin_MH: Tensor) -> EngineOps:
+    if state.device.type == "cpu":
+        return CpuOps(model, memory, state, cos_sin_MH)
+    from batchgen.engine.cuda_ops import CudaOps  # imports triton
+
+    return CudaOps(model, memory, state, cos_sin_MH)
+
+
+def _memory_for_kv(
+    model: ModelConfig,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_num_seqs: int,
+    max_tokens: int,
+) -> int:
+    """Bytes that the KV may take, with weights and the largest step accounted for."""
+    if device.type == "cpu":
+        return _host_bytes() // 4
+    free, total = torch.cuda.mem_get_info(device)
+    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    columns = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    per_token = 4 * model.hidden_size + 2 * columns + 3 * model.intermediate_size
+    logits = 2 * max_num_seqs * model.vocab_size
+    step = max_tokens * per_token + logits
+    used = total - free + (weights + step) * dtype.itemsize + _GRAPH_BYTES
+    return int(total * options.gpu_memory_utilization) - used
+
+
+def _host_bytes() -> int:
+    """Memory of this host that is free to take."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

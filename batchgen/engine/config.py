@@ -1,0 +1,69 @@
+"""What an engine runs with, once every `auto` has a value. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to run. `None` means: chosen by the engine for its device."""
+
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    gpu_memory_utilization: float = 0.92
+    cpu_swap_bytes: int | None = None
+    block_size: int = 16
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    num_gpu_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    max_model_len: int | None = None
+    decode_window: int | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    use_cuda_graphs: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen, the same for every row of a job."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    eos_token_ids: Sequence[int] = ()  # end a row unless it ignores them
+    stop_token_ids: Sequence[int] = ()  # end a row always
+    stop: Sequence[str] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceDefaults:
+    """What `auto` means on a kind of device."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    decode_window: int
+    lookahead: int  # launches whose results the host has not read yet
+
+
+# On a CPU every step is read at once: there is nothing to overlap, and a row that has ended would
+# cost its share of each further step of a window.
+DEFAULTS = {
+    "cpu": DeviceDefaults(
+        max_num_seqs=256, max_num_batched_tokens=2048, decode_window=1, lookahead=0
+    ),
+    "cuda": DeviceDefaults(
+        max_num_seqs=1024, max_num_batched_tokens=16384, decode_window=16, lookahead=1
+    ),
+}

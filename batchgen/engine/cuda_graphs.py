@@ -1,0 +1,52 @@
+"""CUDA graphs of one decode step, one for each batch size in use.
+
+A step reads and writes device state at fixed addresses only, so one graph, replayed k times, is a
+window of k steps. A batch is padded to the next captured size with rows that write nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, then multiples of 16 to 256, of 32 to 1024, of 64 beyond."""
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, 1024, 32)]
+    sizes += range(1024, max_num_seqs + 1, 64)
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+class StepGraphs:
+    """Owns the graphs and the memory pool that they share."""
+
+    def __init__(self, step: Callable[[int], None], max_num_seqs: int) -> None:
+        self._step = step
+        self._sizes = graph_sizes(max_num_seqs)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def size_for(self, count: int) -> int:
+        return self._sizes[bisect_left(self._sizes, count)]
+
+    def capture_all(self) -> None:
+        """Largest first, so that the smaller ones fit into the memory that it took."""
+        for size in reversed(self._sizes):
+            self._capture(size)
+        torch.cuda.synchronize()
+
+    def replay(self, size: int) -> None:
+        self._graphs[size].replay()
+
+    def _capture(self, size: int) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(size)  # compiles kernels and takes cuBLAS workspaces outside the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step(size)
+        self._graphs[size] = graph

@@ -1,0 +1,140 @@
+"""The engine: pulls prompts, plans steps, keeps the device busy, gives completions back.
+
+While the device runs one step, the host plans and launches the next one and reads the tokens of
+the one before. The host touches a sequence when it enters and when it ends; in between, a window
+of decode steps costs it a few array operations over all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from batchgen.engine.model_runner import ModelRunner, StepResult
+from batchgen.engine.outputs import OutputBuffer
+from batchgen.engine.scheduler import Scheduler
+from batchgen.engine.step_plan import StepPlan
+from batchgen.engine.stopping import StopStrings
+from batchgen.records import Completion, EngineStats, PromptSource
+
+PLANNING_WINDOW = 65536  # prompts that are ordered together
+
+
+class Engine:
+    """Completes prompts. `run` belongs to one thread; `stats` and `stop` to any."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        stop_token_ids: frozenset[int],
+        eos_token_ids: frozenset[int],
+        stop_strings: StopStrings | None,
+        min_tokens: int,
+        lookahead: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._stop_token_ids = stop_token_ids
+        self._eos_token_ids = eos_token_ids
+        self._stop_strings = stop_strings
+        self._min_tokens = min_tokens
+        self._lookahead = lookahead
+        self._outputs = OutputBuffer(scheduler.config.max_num_seqs)
+        self._stopped = False
+        self._num_finished = 0
+        self._output_tokens = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its output together, at most."""
+        return self._scheduler.config.max_model_len
+
+    def stop(self) -> None:
+        """Makes `run` return soon; what is unfinished is dropped."""
+        self._stopped = True
+
+    def run(self, source: PromptSource) -> Iterator[list[Completion]]:
+        """Completes all prompts of `source`; yields them in batches, in the order they end."""
+        scheduler = self._scheduler
+        in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        exhausted = False
+        while not self._stopped:
+            if not exhausted and len(scheduler.waiting) < scheduler.config.max_num_seqs:
+                idle = not scheduler.waiting and not scheduler.num_live
+                prompts = source.take(PLANNING_WINDOW, wait=idle)
+                exhausted = idle and not prompts
+                scheduler.add(prompts)
+            plan = scheduler.schedule(in_flight=bool(in_flight))
+            if plan is not None:
+                in_flight.append((plan, self._runner.launch(plan)))
+            if in_flight and (plan is None or len(in_flight) > self._lookahead):
+                finished = self._collect(*in_flight.popleft())
+                if finished:
+                    yield finished
+            elif plan is None and exhausted:
+                assert not scheduler.num_live, "sequences are left and none can run"
+                return
+
+    def _collect(self, plan: StepPlan, result: StepResult) -> list[Completion]:
+        """Reads a step's tokens and takes out the sequences that have ended."""
+        tokens_Bk, active_B = result.wait()
+        # A row may have ended, and even found a new occupant, after this step was launched.
+        current = self._scheduler.sequence_id_R[plan.rows] == plan.sequence_ids
+        rows, tokens_Bk, active_B = plan.rows[current], tokens_Bk[current], active_B[current]
+        added_B = self._outputs.append(rows, tokens_Bk)
+        self._output_tokens += int(added_B.sum())
+        kept: dict[int, int | None] = dict.fromkeys(rows[~active_B].tolist())
+        if self._stop_strings is not None and len(rows):
+            kept |= self._stopped_by_strings(self._stop_strings, rows, added_B)
+        return [self._complete(row, count) for row, count in kept.items()]
+
+    def _stopped_by_strings(
+        self, stop_strings: StopStrings, rows: np.ndarray, added_B: np.ndarray
+    ) -> dict[int, int | None]:
+        """Rows in whose new tokens a stop string ends, and how many tokens they keep."""
+        outputs = self._outputs
+        tokens = [outputs.tokens_RW[row, : outputs.counts_R[row]] for row in rows]
+        counts = stop_strings.find(tokens, added_B.tolist(), self._min_tokens)
+        pairs = zip(rows.tolist(), counts, strict=True)
+        return {row: count for row, count in pairs if count is not None}
+
+    def _complete(self, row: int, count: int | None) -> Completion:
+        """`count`: the tokens kept of a row that a stop string ended, None for all others."""
+        tokens = self._outputs.take(row, count)
+        item = self._scheduler.finish(row, len(tokens))
+        self._num_finished += 1
+        last = int(tokens[-1])
+        ends = last in self._stop_token_ids or (
+            last in self._eos_token_ids and not item.prompt.ignore_eos
+        )
+        return Completion(
+            key=item.prompt.key,
+            token_ids=tokens.tolist(),
+            finish_reason="stop" if ends or count is not None else "length",
+            num_prompt_tokens=item.num_prompt_tokens,
+            seed=item.prompt.seed,
+        )
+
+    def stats(self) -> EngineStats:
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        return EngineStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=scheduler.num_live - scheduler.num_swapped,
+            num_swapped=scheduler.num_swapped,
+            num_finished=self._num_finished,
+            prompt_tokens=counters.prompt_tokens,
+            cached_prompt_tokens=counters.cached_prompt_tokens,
+            output_tokens=self._output_tokens,
+            prefill_steps=counters.prefill_steps,
+            decode_steps=counters.decode_steps,
+            blocks_total=scheduler.config.gpu_blocks,
+            blocks_used=scheduler.kv.gpu.num_used,
+            kv_waste=counters.waste_sum / max(counters.waste_samples, 1),
+            swapped_out_blocks=counters.swapped_out_blocks,
+            swapped_in_blocks=counters.swapped_in_blocks,
+            stalled_sequences=counters.stalled,
+        )

@@ -1,0 +1,59 @@
+"""The KV tensor on the device, and how large it may be.
+
+Legend: P blocks, L layers, 2 for keys and values, K kv heads, S block size, H head size.
+All layers of a block lie together, so that a sequence is swapped by one copy a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchgen.errors import UsageError
+from batchgen.models.config import ModelConfig
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    per_token = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return per_token * block_size
+
+
+class KVMemory:
+    """Owns kv_PL2KSH."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        # On a CPU a free slot is read and masked, so it must hold a number; pages that are never
+        # written cost nothing there. The kernels of a GPU do not read free slots at all.
+        make = torch.zeros if device.type == "cpu" else torch.empty
+        self.kv_PL2KSH = make(num_blocks, *shape, dtype=dtype, device=device)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Views k_cache_PKSH and v_cache_PKSH."""
+        return self.kv_PL2KSH[:, layer, 0], self.kv_PL2KSH[:, layer, 1]
+
+    @property
+    def block_rows(self) -> Tensor:
+        """[P, elements of a block]: what a swap copies."""
+        return self.kv_PL2KSH.view(self.num_blocks, -1)
+
+
+def check_room(num_blocks: int, max_model_len: int, block_size: int) -> None:
+    """Raises UsageError when not even one sequence of `max_model_len` fits."""
+    needed = -(-max_model_len // block_size)
+    if num_blocks < needed:
+        raise UsageError(
+            f"the KV cache has room for {max(num_blocks, 0) * block_size} tokens, but one sequence "
+            f"of model.max_model_len={max_model_len} needs {needed * block_size}: lower "
+            "model.max_model_len, or raise engine.num_gpu_blocks or engine.gpu_memory_utilization"
+        )

@@ -1,0 +1,147 @@
+"""Runs plans on the device. Nothing here waits for the device; `StepResult.wait` does.
+
+Legend: R rows of the slot table, T tokens, B sequences of a step, k steps of a window,
+D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchgen.engine.cuda_graphs import StepGraphs
+from batchgen.engine.inputs import SlotState, StepBatch, decode_batch, prefill_batch, to_device
+from batchgen.engine.kv_memory import KVMemory
+from batchgen.engine.ops import EngineOps
+from batchgen.engine.sampler import Sampler
+from batchgen.engine.step_plan import DecodePlan, PrefillPlan, StepPlan
+from batchgen.engine.swap import SwapSpace
+from batchgen.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step yields, on its way to the host."""
+
+    tokens_kB: Tensor  # int32, -1 where a row made none
+    active_B: Tensor  # bool, the row goes on
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """tokens_Bk and active_B, once the device has written them."""
+        if self.event is not None:
+            self.event.synchronize()
+        return np.ascontiguousarray(self.tokens_kB.numpy().T), self.active_B.numpy()
+
+
+class ModelRunner:
+    """Owns everything on the device: weights, KV, slot table, graphs."""
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder[StepBatch],
+        ops: EngineOps,
+        memory: KVMemory,
+        state: SlotState,
+        sampler: Sampler,
+        swap: SwapSpace,
+        max_num_seqs: int,
+        decode_window: int,
+        use_graphs: bool,
+    ) -> None:
+        self.state = state
+        self._decoder = decoder
+        self._ops = ops
+        self._memory = memory
+        self._sampler = sampler
+        self._swap = swap
+        device = state.device
+        self._rows_B = torch.full((max_num_seqs,), state.padding_row, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        shape = (decode_window, max_num_seqs)
+        self._tokens_kB = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._graphs: StepGraphs | None = None
+        if use_graphs:
+            self._graphs = StepGraphs(
+                lambda size: self._decode_step(self._rows_B[:size]), max_num_seqs
+            )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Captures the graphs; every row is the padding row, so nothing is written."""
+        if self._graphs is not None:
+            self._graphs.capture_all()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepResult:
+        """Queues the step's copies and work on the device, in the order that StepPlan says."""
+        self._swap.run(plan.swap_out, plan.swap_in)
+        if plan.table is not None:
+            self.state.update_table(plan.table)
+        if plan.prefill is not None:
+            return self._prefill(plan.prefill)
+        assert plan.decode is not None
+        return self._decode(plan.decode)
+
+    def _prefill(self, plan: PrefillPlan) -> StepResult:
+        device = self.state.device
+        self.state.enter(plan.new)
+        self._sampler.enter(plan.new)
+        batch = prefill_batch(plan, self.state, self._memory.block_size)
+        self._ops.begin_step(batch)
+        hidden_TD = self._decoder.forward(to_device(plan.token_ids, device), batch)
+        last = (np.cumsum(plan.query_lens) - 1)[plan.is_last]
+        if len(last) == 0:
+            return StepResult(
+                tokens_kB=torch.empty(1, 0, dtype=torch.int32),
+                active_B=torch.empty(0, dtype=torch.bool),
+                event=None,
+            )
+        logits_BV = self._decoder.logits(hidden_TD[to_device(last, device)])
+        rows_B = to_device(plan.rows[plan.is_last].astype(np.int64), device)
+        kv_lens_B = to_device(plan.seq_lens[plan.is_last], device)
+        tokens_B = self._sampler.sample_and_advance(self.state, rows_B, kv_lens_B, logits_BV)
+        return self._result(tokens_B[None], rows_B)
+
+    def _decode(self, plan: DecodePlan) -> StepResult:
+        count = len(plan.rows)
+        size = count if self._graphs is None else self._graphs.size_for(count)
+        rows = np.full(size, self.state.padding_row, dtype=np.int64)
+        rows[:count] = plan.rows
+        self._rows_B[:size] = to_device(rows, self.state.device)
+        self._step.zero_()
+        for _ in range(plan.num_steps):
+            if self._graphs is None:
+                self._decode_step(self._rows_B[:size])
+            else:
+                self._graphs.replay(size)
+        return self._result(self._tokens_kB[: plan.num_steps, :count], self._rows_B[:count])
+
+    def _decode_step(self, rows_B: Tensor) -> None:
+        """One token for each active row; reads and writes device state only."""
+        state = self.state
+        batch = decode_batch(state, rows_B, self._memory.block_size)
+        self._ops.begin_step(batch)
+        hidden_BD = self._decoder.forward(state.last_tokens_R[rows_B], batch)
+        logits_BV = self._decoder.logits(hidden_BD)
+        kv_lens_B = batch.positions_T + state.active_R[rows_B].to(torch.int32)
+        tokens_B = self._sampler.sample_and_advance(state, rows_B, kv_lens_B, logits_BV)
+        self._tokens_kB[:, : len(rows_B)].index_copy_(0, self._step, tokens_B[None])
+        self._step.add_(1).remainder_(len(self._tokens_kB))  # stays valid while graphs warm up
+
+    def _result(self, tokens_kB: Tensor, rows_B: Tensor) -> StepResult:
+        active_B = self.state.active_R[rows_B]
+        if self.state.device.type == "cpu":
+            return StepResult(tokens_kB=tokens_kB.clone(), active_B=active_B, event=None)
+        tokens, active = (
+            torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            for t in (tokens_kB.contiguous(), active_B)
+        )
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return StepResult(tokens_kB=tokens, active_B=active, event=event)

@@ -1,0 +1,50 @@
+"""What the engine asks of a device beside what a decoder asks (`models.ops`)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from batchgen.engine.inputs import StepBatch
+from batchgen.models.ops import Ops
+
+
+class SamplingOps(Protocol):
+    """Legend: B sequences, R rows of the slot table, V vocabulary."""
+
+    def apply_penalties(
+        self,
+        logits_BV: Tensor,
+        rows_B: Tensor,
+        counts_RV: Tensor,
+        in_prompt_RV: Tensor,
+        *,
+        presence: float,
+        frequency: float,
+        repetition: float,
+    ) -> None:
+        """Changes `logits_BV` in place."""
+        ...
+
+    def sample(
+        self,
+        logits_BV: Tensor,
+        seeds_B: Tensor,
+        positions_B: Tensor,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+    ) -> Tensor:
+        """int64 tokens_B, a function of logits, seed and position alone."""
+        ...
+
+
+class EngineOps(Ops[StepBatch], SamplingOps, Protocol):
+    """One backend: all the device operations of the engine."""
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Prepares what all layers of the step share. Runs inside the captured step."""
+        ...

@@ -1,0 +1,37 @@
+"""The order in which the prompts of a planning window are admitted. No torch.
+
+Prompts that begin alike come together, so that a shared prefix is computed once and is still
+there for the next; within a group the longest come first, so that long rows do not end the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+
+class Planned(Protocol):
+    """What the plan needs to know of a prompt."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def hashes(self) -> Sequence[bytes]: ...
+
+
+PlannedT = TypeVar("PlannedT", bound=Planned)
+
+
+def order_window(window: Sequence[PlannedT]) -> list[PlannedT]:
+    """Groups by first full block (groups in order of appearance), longest first within one."""
+    groups: dict[bytes, int] = {}
+    for item in window:
+        groups.setdefault(item.hashes[0] if item.hashes else b"", len(groups))
+
+    def key(item: PlannedT) -> tuple[int, int]:
+        group = groups[item.hashes[0] if item.hashes else b""]
+        return group, -(item.num_prompt_tokens + item.max_tokens)
+
+    return sorted(window, key=key)

@@ -1,0 +1,107 @@
+"""From logits to the next token of each row, on the device.
+
+Legend: B sequences of the step, R rows of the slot table, V vocabulary, E stop tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchgen.engine.config import SamplingOptions
+from batchgen.engine.inputs import SlotState, to_device
+from batchgen.engine.ops import SamplingOps
+from batchgen.engine.step_plan import NewSequences
+
+
+class Sampler:
+    """Owns the token counts that penalties need (allocated only when the job has penalties)."""
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        ops: SamplingOps,
+        *,
+        num_rows: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self.options = options
+        self._ops = ops
+        self._device = device
+        self._eos_E = _token_tensor(options.eos_token_ids, device)
+        self._stop_E = _token_tensor(options.stop_token_ids, device)
+        self._any_E = torch.cat([self._eos_E, self._stop_E])
+        self._counts_RV: Tensor | None = None
+        self._in_prompt_RV: Tensor | None = None
+        if options.has_penalties:
+            shape = (num_rows + 1, vocab_size)
+            self._counts_RV = torch.zeros(shape, dtype=torch.int16, device=device)
+            self._in_prompt_RV = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def enter(self, new: NewSequences) -> None:
+        """Forgets the rows' former occupants and notes the tokens of the new prompts."""
+        if self._counts_RV is None or self._in_prompt_RV is None or len(new.rows) == 0:
+            return
+        rows = to_device(new.rows.astype(np.int64), self._device)
+        self._counts_RV[rows] = 0
+        self._in_prompt_RV[rows] = False
+        lengths = np.array([len(ids) for ids in new.prompts])
+        rows_T = to_device(np.repeat(new.rows, lengths).astype(np.int64), self._device)
+        tokens_T = to_device(np.concatenate(new.prompts).astype(np.int64), self._device)
+        self._in_prompt_RV[rows_T, tokens_T] = True
+
+    def sample_and_advance(
+        self, state: SlotState, rows_B: Tensor, kv_lens_B: Tensor, logits_BV: Tensor
+    ) -> Tensor:
+        """Samples a token for each active row, updates its state, and ends it where it must end.
+
+        `kv_lens_B` counts the tokens with KV, so the sampled token stands at that position.
+        `logits_BV` may be changed. Returns int32 tokens_B, -1 for rows that are not active.
+        """
+        options = self.options
+        active_B = state.active_R[rows_B]
+        num_generated_B = kv_lens_B - state.prompt_lens_R[rows_B]
+        if self._counts_RV is not None and self._in_prompt_RV is not None:
+            self._ops.apply_penalties(
+                logits_BV,
+                rows_B,
+                self._counts_RV,
+                self._in_prompt_RV,
+                presence=options.presence_penalty,
+                frequency=options.frequency_penalty,
+                repetition=options.repetition_penalty,
+            )
+        if options.min_tokens and len(self._any_E):
+            too_early_B1 = (num_generated_B < options.min_tokens)[:, None]
+            stops_BE = logits_BV[:, self._any_E]
+            logits_BV[:, self._any_E] = stops_BE.masked_fill(too_early_B1, float("-inf"))
+        tokens_B = self._ops.sample(
+            logits_BV,
+            state.seeds_R[rows_B],
+            kv_lens_B,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+        )
+        is_eos_B = (tokens_B[:, None] == self._eos_E).any(dim=1) & ~state.ignore_eos_R[rows_B]
+        is_stop_B = (tokens_B[:, None] == self._stop_E).any(dim=1)
+        is_full_B = kv_lens_B + 1 >= state.stop_lens_R[rows_B]
+        if self._counts_RV is not None:
+            self._counts_RV.view(-1).index_add_(
+                0,
+                rows_B.to(torch.int64) * self._counts_RV.shape[1] + tokens_B,
+                active_B.to(torch.int16),
+            )
+        state.kv_lens_R[rows_B] = kv_lens_B
+        state.last_tokens_R[rows_B] = torch.where(active_B, tokens_B, 0)
+        state.active_R[rows_B] = active_B & ~(is_eos_B | is_stop_B | is_full_B)
+        return torch.where(active_B, tokens_B, -1).to(torch.int32)
+
+
+def _token_tensor(ids: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(sorted(set(ids)), dtype=torch.int64, device=device)

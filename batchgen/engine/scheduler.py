@@ -1,0 +1,477 @@
+"""Decides what the device does next. Imports no torch: tested in milliseconds.
+
+A prompt waits, is prefilled in one or more chunks, then decodes in windows of several steps
+until it ends. When the KV is full, the newest sequences are swapped to the host and come back,
+oldest first, before anything new is admitted.
+
+Nothing here depends on the tokens that the device samples, so the next step is planned while the
+last one still runs: lengths are upper bounds, exact for every sequence that has not ended.
+
+No deadlock: the oldest sequence must always be able to end. Others grow, and new ones enter, only
+while the free blocks of both pools together cover the longest sequence twice: once for the oldest
+to grow, once so that a sequence of any length can be swapped out to make it room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchgen.engine.forecast import OutputLengths, forecast_peak
+from batchgen.engine.kv_cache import KVCache, block_hashes
+from batchgen.engine.prefix_plan import order_window
+from batchgen.engine.step_plan import DecodePlan, Int32, NewSequences, PrefillPlan, StepPlan
+from batchgen.records import Prompt, RowKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one engine. `gpu_blocks` must hold at least one sequence of `max_model_len`."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    decode_window: int  # decode steps between two looks of the host
+    block_size: int
+    gpu_blocks: int
+    cpu_blocks: int
+    enable_prefix_caching: bool
+
+
+class State(IntEnum):
+    """What a row of the slot table does."""
+
+    FREE = 0
+    PREFILL = 1
+    DECODE = 2
+    SWAPPED = 3
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class QueuedPrompt:
+    """A prompt from its arrival to the end of its prefill."""
+
+    prompt: Prompt
+    token_ids: Int32
+    hashes: Sequence[bytes]
+    num_computed: int = 0  # of its tokens, by the steps planned so far; the cached prefix included
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        return self.prompt.max_tokens
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    stalled: int = 0
+    waste_sum: float = 0.0
+    waste_samples: int = 0
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """A prefill step being put together."""
+
+    token_ids: list[Int32] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    seq_lens: list[int] = field(default_factory=list)
+    is_last: list[bool] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Owns the slot table of the host: who sits in which row, and how far each is planned."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        rows = config.max_num_seqs
+        self.kv = KVCache(
+            num_rows=rows,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            block_size=config.block_size,
+            gpu_blocks=config.gpu_blocks,
+            cpu_blocks=config.cpu_blocks,
+        )
+        assert config.gpu_blocks >= self.kv.table_RX.shape[1], "the KV holds no whole sequence"
+        self.counters = SchedulerCounters()
+        self.output_lengths = OutputLengths()
+        self.waiting: deque[QueuedPrompt] = deque()
+        self.state_R = np.full(rows, State.FREE, dtype=np.int8)
+        self.kv_len_R = np.zeros(rows, dtype=np.int64)  # tokens with KV after all planned steps
+        self.cached_len_R = np.zeros(rows, dtype=np.int64)  # of these, from the prefix cache
+        self.prompt_len_R = np.zeros(rows, dtype=np.int64)
+        self.stop_len_R = np.zeros(rows, dtype=np.int64)  # prompt and output end here at the latest
+        self.exact_R = np.zeros(rows, dtype=np.bool_)  # ends at stop_len, not before
+        self.sequence_id_R = np.zeros(rows, dtype=np.int64)  # grows with age: the oldest is least
+        self.sequences: dict[int, QueuedPrompt] = {}  # by row
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._partial: int | None = None  # the row whose prompt is prefilled in part
+        self._next_id = 1
+        self._waiting_tokens = 0
+        self._swapped_in_now: set[int] = set()  # their copies run with the next plan
+
+    # -- what comes in and what is known -------------------------------------------------------
+
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        """Queues one window of prompts, in the order of the prefix plan."""
+        window = []
+        for prompt in prompts:
+            token_ids = np.asarray(prompt.token_ids, dtype=np.int32)
+            hashes = (
+                block_hashes(token_ids, self.config.block_size)
+                if self.config.enable_prefix_caching
+                else ()
+            )
+            window.append(QueuedPrompt(prompt=prompt, token_ids=token_ids, hashes=hashes))
+            self._waiting_tokens += len(token_ids)
+        self.waiting.extend(order_window(window))
+
+    @property
+    def num_live(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_swapped(self) -> int:
+        return int(np.count_nonzero(self.state_R == State.SWAPPED))
+
+    def key_of(self, row: int) -> RowKey:
+        return self.sequences[row].prompt.key
+
+    def finish(self, row: int, num_output_tokens: int) -> QueuedPrompt:
+        """The sequence in `row` has ended: its row and its blocks are free for the next step."""
+        sequence = self.sequences.pop(row)
+        self.kv.release(row)
+        self.state_R[row] = State.FREE
+        self.sequence_id_R[row] = 0
+        self._free_rows.append(row)
+        self.output_lengths.add(num_output_tokens)
+        return sequence
+
+    # -- planning ------------------------------------------------------------------------------
+
+    def schedule(self, *, in_flight: bool) -> StepPlan | None:
+        """The next step, or None when there is nothing to do (or all waits for `in_flight`)."""
+        self._swap_in()
+        plan = self._plan_step()
+        if plan is None and not in_flight and self.num_swapped:
+            self._force_oldest_in()
+            plan = self._plan_step()
+        return plan
+
+    def _plan_step(self) -> StepPlan | None:
+        prefill = self._plan_prefill() if self._wants_prefill() else None
+        decode = self._plan_decode() if prefill is None else None
+        if prefill is not None:
+            self.counters.prefill_steps += 1
+            rows = prefill.rows[prefill.is_last]
+        elif decode is not None:
+            self.counters.decode_steps += decode.num_steps
+            rows = decode.rows
+        else:
+            return None
+        self._swapped_in_now.clear()
+        return StepPlan(
+            sequence_ids=self.sequence_id_R[rows],
+            rows=rows,
+            swap_out=self.kv.take_swap_out(),
+            swap_in=self.kv.take_swap_in(),
+            table=self.kv.take_table_updates(),
+            prefill=prefill,
+            decode=decode,
+        )
+
+    def _live_rows(self, *states: State) -> NDArray[np.intp]:
+        """Rows in one of these states, oldest first."""
+        rows = np.flatnonzero(np.isin(self.state_R, states))
+        return rows[np.argsort(self.sequence_id_R[rows])]
+
+    def _decodable(self) -> NDArray[np.intp]:
+        """Rows with decode steps left to plan, oldest first."""
+        rows = self._live_rows(State.DECODE)
+        return rows[self.kv_len_R[rows] < self.stop_len_R[rows] - 1]
+
+    # -- room ----------------------------------------------------------------------------------
+
+    def _reserve(self, candidate_tokens: int = 0) -> int:
+        """Blocks that stay free so that the oldest sequence can always end (see the module)."""
+        live = self.stop_len_R[self.state_R != State.FREE]
+        longest = max(int(live.max(initial=0)), candidate_tokens)
+        blocks = self.kv.blocks_of(longest)
+        return 2 * blocks + 1 if self._can_swap() else blocks
+
+    def _can_swap(self) -> bool:
+        return self.kv.cpu.num_blocks >= self.kv.table_RX.shape[1]
+
+    def _free_blocks(self) -> int:
+        return self.kv.gpu.num_free + (self.kv.cpu.num_free if self._can_swap() else 0)
+
+    # -- swapping ------------------------------------------------------------------------------
+
+    def _swap_in(self) -> None:
+        """Brings sequences back, oldest first, while all that run keep room for two windows."""
+        swapped = self._live_rows(State.SWAPPED)
+        if len(swapped) == 0:
+            return
+        window_blocks = self.kv.blocks_of(self.config.decode_window)
+        running = len(self._live_rows(State.DECODE))
+        for row in swapped.tolist():
+            margin = 2 * window_blocks * (running + 1) if running else window_blocks
+            if self.kv.swapped_blocks(row) + margin > self.kv.gpu.num_free:
+                return
+            self._bring_in(row)
+            running += 1
+
+    def _bring_in(self, row: int) -> None:
+        self.counters.swapped_in_blocks += self.kv.swapped_blocks(row)
+        self.kv.swap_in(row, self.sequences[row].hashes)
+        self.state_R[row] = State.DECODE
+        self._swapped_in_now.add(row)
+
+    def _push_out(self, row: int) -> None:
+        self.counters.swapped_out_blocks += int(self.kv.num_blocks_R[row])
+        self.kv.swap_out(row)
+        self.state_R[row] = State.SWAPPED
+
+    def _force_oldest_in(self) -> None:
+        """Nothing can run: makes room for the oldest swapped sequence at the newest's expense."""
+        oldest = int(self._live_rows(State.SWAPPED)[0])
+        needed = self.kv.swapped_blocks(oldest) + self.kv.blocks_of(self.config.decode_window)
+        for row in self._live_rows(State.DECODE)[::-1].tolist():
+            if self.kv.gpu.num_free >= needed:
+                break
+            if self.kv.can_swap_out(row):
+                self._push_out(row)
+        assert self.kv.gpu.num_free >= self.kv.swapped_blocks(oldest), "the KV is deadlocked"
+        self._bring_in(oldest)
+
+    # -- decode --------------------------------------------------------------------------------
+
+    def _plan_decode(self) -> DecodePlan | None:
+        rows = self._decodable()
+        if len(rows) == 0:
+            return None
+        left = self.stop_len_R[rows] - 1 - self.kv_len_R[rows]
+        num_steps = int(min(self.config.decode_window, left.max()))
+        target = self.kv_len_R[rows] + np.minimum(left, num_steps)
+        growth = -(-target // self.config.block_size) - self.kv.num_blocks_R[rows]
+        runs = self._make_room(rows, growth)
+        rows, target, growth = rows[runs], target[runs], growth[runs]
+        if len(rows) == 0:
+            return None
+        grows = growth > 0
+        self.kv.grow(rows[grows].astype(np.int32), growth[grows])
+        self._sample_waste()
+        self.kv_len_R[rows] = target
+        return DecodePlan(rows=rows.astype(np.int32), num_steps=num_steps)
+
+    def _make_room(self, rows: NDArray[np.intp], growth: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `rows` (oldest first) may grow now; swaps the newest out where it must."""
+        runs = np.ones(len(rows), dtype=np.bool_)
+        total = int(growth.sum())
+        spare = self._free_blocks() - self._reserve()
+        if total <= self.kv.gpu.num_free and total <= spare:
+            return runs
+        live = self._live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
+        oldest = int(live[0])
+        allowed = max(spare, 0) + (int(growth[0]) if rows[0] == oldest else 0)
+        runs[:] = (np.cumsum(growth) <= allowed) | (growth == 0)
+        newest_first = [*np.flatnonzero(~runs)[::-1].tolist(), *np.flatnonzero(runs)[::-1].tolist()]
+        for index in newest_first:
+            if int(growth[runs].sum()) <= self.kv.gpu.num_free:
+                break
+            row = int(rows[index])
+            fixed = row == oldest or row in self._swapped_in_now
+            if not fixed and self._can_swap() and self.kv.can_swap_out(row):
+                self._push_out(row)
+                runs[index] = False
+        # What the host has no room for waits in place, the newest first.
+        for index in np.flatnonzero(runs & (growth > 0))[::-1].tolist():
+            if int(growth[runs].sum()) <= self.kv.gpu.num_free:
+                break
+            runs[index] = False
+        self.counters.stalled += int(np.count_nonzero(self.state_R[rows[~runs]] == State.DECODE))
+        return runs
+
+    def _sample_waste(self) -> None:
+        """KV slots that are held by running sequences and hold no token, of all slots held."""
+        rows = self._live_rows(State.DECODE)
+        slots = self.kv.num_blocks_R[rows].astype(np.int64) * self.config.block_size
+        held = self.kv.gpu.num_used * self.config.block_size
+        self.counters.waste_sum += float((slots - self.kv_len_R[rows]).sum()) / max(held, 1)
+        self.counters.waste_samples += 1
+
+    # -- prefill -------------------------------------------------------------------------------
+
+    def _wants_prefill(self) -> bool:
+        """Prefill when its step would be full, or when the decode batch could grow by an eighth."""
+        if self._partial is not None:
+            return True
+        if not self.waiting or not self._free_rows or self.num_swapped:
+            return False
+        running = len(self._decodable())
+        if running == 0:
+            return True
+        admissible = self._num_admissible()
+        tokens = admissible * self._waiting_tokens // len(self.waiting)
+        return admissible > 0 and (
+            2 * tokens >= self.config.max_num_batched_tokens or 8 * admissible >= running
+        )
+
+    def _num_admissible(self) -> int:
+        """How many waiting prompts fit under the forecast KV peak, at most a step's worth."""
+        mean = max(1, self._waiting_tokens // len(self.waiting))
+        limit = min(len(self._free_rows), 2 + 2 * self.config.max_num_batched_tokens // mean)
+        candidates = list(islice(self.waiting, limit))
+        rows = self._live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
+        block = self.config.block_size
+        own = self.kv_len_R[rows] - self.cached_len_R[rows]
+        held = self.kv.num_blocks_R[rows] - self.cached_len_R[rows] // block
+        shared = max(self.kv.gpu.num_used - int(held.sum()), 0)
+        capacity = float((self.config.gpu_blocks - shared) * block)
+
+        generated = self.kv_len_R[rows] - self.prompt_len_R[rows]
+        new_own = np.array(
+            [
+                item.num_prompt_tokens - block * len(self.kv.cached_blocks(item.hashes))
+                for item in candidates
+            ]
+        )
+        max_tokens = np.concatenate(
+            [
+                self.stop_len_R[rows] - self.prompt_len_R[rows],
+                np.array([item.max_tokens for item in candidates]),
+            ]
+        )
+        exact = np.concatenate(
+            [
+                self.exact_R[rows],
+                np.array([item.prompt.ignore_eos for item in candidates], dtype=np.bool_),
+            ]
+        )
+        slack = (block + self.config.decode_window) / 2  # the last, partly filled blocks
+        tokens = np.concatenate([own, new_own]) + slack
+        gone = np.concatenate([generated, np.zeros(len(candidates), dtype=np.int64)])
+        remaining = self.output_lengths.expected_remaining(gone, max_tokens, exact)
+        low, high = 0, len(candidates)
+        while low < high:
+            middle = (low + high + 1) // 2
+            end = len(rows) + middle
+            if forecast_peak(tokens[:end], remaining[:end]) <= capacity:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _plan_prefill(self) -> PrefillPlan | None:
+        chunks = _Chunks()
+        if self._partial is not None:
+            self._add_chunk(chunks, self._partial)
+        admissible = self._num_admissible() if self.waiting and not self.num_swapped else 0
+        if not self.sequences:
+            admissible = max(admissible, 1)
+        room = self.config.max_num_batched_tokens
+        while admissible > 0 and self.waiting and self._free_rows and chunks.num_tokens < room:
+            row = self._admit(self.waiting[0])
+            if row is None:
+                break
+            self._waiting_tokens -= self.waiting.popleft().num_prompt_tokens
+            chunks.new.append(row)
+            self._add_chunk(chunks, row)
+            admissible -= 1
+        if not chunks.rows:
+            return None
+        return PrefillPlan(
+            token_ids=np.concatenate(chunks.token_ids),
+            rows=np.array(chunks.rows, dtype=np.int32),
+            query_lens=np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32),
+            seq_lens=np.array(chunks.seq_lens, dtype=np.int32),
+            is_last=np.array(chunks.is_last, dtype=np.bool_),
+            new=self._new_sequences(chunks.new),
+        )
+
+    def _admit(self, item: QueuedPrompt) -> int | None:
+        """Gives the prompt a row and its blocks, if they are there."""
+        length = item.num_prompt_tokens
+        usable = item.hashes[: (length - 1) // self.config.block_size]  # one token is computed
+        cached = self.kv.cached_blocks(usable)
+        needed = self.kv.blocks_needed(length, cached)
+        if needed > self.kv.gpu.num_free:
+            return None
+        spare = self._free_blocks() - self._reserve(length + item.max_tokens)
+        if self.sequences and needed > spare:
+            return None
+        row = self._free_rows.pop()
+        self.kv.admit(row, length, cached)
+        item.num_computed = len(cached) * self.config.block_size
+        self.counters.prompt_tokens += length
+        self.counters.cached_prompt_tokens += item.num_computed
+        self.sequences[row] = item
+        self.state_R[row] = State.PREFILL
+        self.sequence_id_R[row] = self._next_id
+        self._next_id += 1
+        self.prompt_len_R[row] = length
+        self.stop_len_R[row] = length + item.max_tokens
+        self.exact_R[row] = item.prompt.ignore_eos
+        self.kv_len_R[row] = self.cached_len_R[row] = item.num_computed
+        return row
+
+    def _add_chunk(self, chunks: _Chunks, row: int) -> None:
+        """Plans as many of the row's remaining prompt tokens as the step has room for."""
+        item = self.sequences[row]
+        start = item.num_computed
+        room = self.config.max_num_batched_tokens - chunks.num_tokens
+        end = min(item.num_prompt_tokens, start + room)
+        item.num_computed = end
+        self.kv_len_R[row] = end
+        block = self.config.block_size
+        self.kv.register(row, item.hashes, start // block, end // block)
+        done = end == item.num_prompt_tokens
+        self._partial = None if done else row
+        if done:
+            self.state_R[row] = State.DECODE
+        chunks.token_ids.append(item.token_ids[start:end])
+        chunks.rows.append(row)
+        chunks.seq_lens.append(end)
+        chunks.is_last.append(done)
+        chunks.num_tokens += end - start
+
+    def _new_sequences(self, rows: list[int]) -> NewSequences:
+        items = [self.sequences[row] for row in rows]
+        return NewSequences(
+            rows=np.array(rows, dtype=np.int32),
+            seeds=np.array([item.prompt.seed for item in items], dtype=np.int64),
+            prompt_lens=self.prompt_len_R[rows].astype(np.int32),
+            stop_lens=self.stop_len_R[rows].astype(np.int32),
+            ignore_eos=np.array([item.prompt.ignore_eos for item in items], dtype=np.bool_),
+            prompts=tuple(item.token_ids for item in items),
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that rows, blocks and states agree. Called after every step in tests."""
+        self.kv.check_integrity()
+        live = set(np.flatnonzero(self.state_R != State.FREE).tolist())
+        assert live == set(self.sequences), "states and sequences differ"
+        assert live.isdisjoint(self._free_rows), "a live row is free"
+        assert len(live) + len(self._free_rows) == self.config.max_num_seqs, "a row is lost"
+        on_device = np.flatnonzero(np.isin(self.state_R, (State.PREFILL, State.DECODE)))
+        slots = self.kv.num_blocks_R[on_device].astype(np.int64) * self.config.block_size
+        assert np.all(slots >= self.kv_len_R[on_device]), "a sequence outgrew its blocks"

@@ -1,0 +1,270 @@
+"""The scheduler with a stand-in device: every token accounted for, whatever the KV's size."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchgen.engine.forecast import forecast_peak
+from batchgen.engine.scheduler import Scheduler, SchedulerConfig
+from batchgen.engine.step_plan import StepPlan
+from batchgen.records import Prompt, RowKey
+
+
+def config(**changes: int | bool) -> SchedulerConfig:
+    values: dict[str, int | bool] = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 64,
+        "decode_window": 4,
+        "block_size": 4,
+        "gpu_blocks": 64,
+        "cpu_blocks": 64,
+        "enable_prefix_caching": True,
+    }
+    return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def prompt(index: int, tokens: list[int], max_tokens: int, *, ignore_eos: bool = False) -> Prompt:
+    key = RowKey(unit_id=0, index=index)
+    return Prompt(
+        key=key, token_ids=tokens, max_tokens=max_tokens, seed=index, ignore_eos=ignore_eos
+    )
+
+
+class StandInDevice:
+    """Keeps a label for each KV slot, moves labels as plans say, and checks what is read.
+
+    The label of a slot is (sequence id or prefix content, position); reading a wrong or unwritten
+    label fails. Sequences end after `length_of[index]` tokens.
+    """
+
+    def __init__(self, scheduler: Scheduler, length_of: dict[int, int]) -> None:
+        self.scheduler = scheduler
+        self.length_of = length_of
+        c = scheduler.config
+        self.gpu = np.full((c.gpu_blocks, c.block_size), -1, dtype=np.int64)
+        self.cpu = np.full((c.cpu_blocks, c.block_size), -1, dtype=np.int64)
+        self.table = np.zeros_like(scheduler.kv.table_RX)
+        self.prompts: dict[int, list[int]] = {}
+        self.tokens: dict[int, list[int]] = {}  # row -> prompt and output
+        self.kv_len: dict[int, int] = {}
+        self.alive: dict[int, bool] = {}
+        self.stop_len: dict[int, int] = {}
+        self.prefilled_tokens = 0
+
+    def label(self, row: int, position: int) -> int:
+        return hash(tuple(self.tokens[row][: position + 1]))
+
+    def write(self, row: int, position: int) -> None:
+        size = self.scheduler.config.block_size
+        self.gpu[self.table[row, position // size], position % size] = self.label(row, position)
+
+    def read_all(self, row: int, length: int) -> None:
+        size = self.scheduler.config.block_size
+        for position in range(length):
+            got = self.gpu[self.table[row, position // size], position % size]
+            assert got == self.label(row, position), f"row {row} reads a wrong KV at {position}"
+
+    def launch(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
+        """Returns row -> (tokens made, still active)."""
+        if plan.swap_out is not None:
+            self.cpu[plan.swap_out.target] = self.gpu[plan.swap_out.source]
+        if plan.swap_in is not None:
+            self.gpu[plan.swap_in.target] = self.cpu[plan.swap_in.source]
+        if plan.table is not None:
+            self.table[plan.table.rows, plan.table.columns] = plan.table.blocks
+        return self._prefill(plan) if plan.prefill is not None else self._decode(plan)
+
+    def _prefill(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
+        p = plan.prefill
+        assert p is not None
+        assert len(p.token_ids) <= self.scheduler.config.max_num_batched_tokens
+        self.prefilled_tokens += len(p.token_ids)
+        for row, tokens, stop in zip(p.new.rows, p.new.prompts, p.new.stop_lens, strict=True):
+            self.tokens[int(row)] = tokens.tolist()
+            self.stop_len[int(row)] = int(stop)
+        made = {}
+        starts = np.cumsum(p.query_lens) - p.query_lens
+        for i, row in enumerate(p.rows.tolist()):
+            first = int(p.seq_lens[i] - p.query_lens[i])
+            chunk = p.token_ids[starts[i] : starts[i] + p.query_lens[i]].tolist()
+            assert chunk == self.tokens[row][first : first + len(chunk)]
+            for position in range(first, int(p.seq_lens[i])):
+                self.write(row, position)
+        for i, row in enumerate(p.rows.tolist()):
+            self.read_all(row, int(p.seq_lens[i]))
+            if p.is_last[i]:
+                self.kv_len[row] = int(p.seq_lens[i])
+                made[row] = self._sample(row)
+        return made
+
+    def _sample(self, row: int) -> tuple[int, bool]:
+        index = self.scheduler.key_of(row).index
+        self.tokens[row].append(1000 + len(self.tokens[row]))
+        generated = self.kv_len[row] + 1 - int(self.scheduler.prompt_len_R[row])
+        total = len(self.tokens[row])
+        self.alive[row] = generated < self.length_of[index] and total < self.stop_len[row]
+        return 1, self.alive[row]
+
+    def _decode(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
+        assert plan.decode is not None
+        made = {}
+        for row in plan.decode.rows.tolist():
+            count = 0
+            for _ in range(plan.decode.num_steps):
+                if not self.alive[row]:
+                    break
+                self.write(row, self.kv_len[row])
+                self.kv_len[row] += 1
+                self.read_all(row, self.kv_len[row])
+                count += self._sample(row)[0]
+            made[row] = (count, self.alive[row])
+        return made
+
+
+def run(scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int]) -> dict[int, int]:
+    """Runs all prompts, reading results one step late as the engine does on a GPU."""
+    device = StandInDevice(scheduler, lengths)
+    scheduler.add(prompts)
+    generated: dict[int, int] = dict.fromkeys(range(len(prompts)), 0)
+    finished: dict[int, int] = {}
+    in_flight: list[tuple[StepPlan, dict[int, tuple[int, bool]]]] = []
+    for _ in range(20_000):
+        plan = scheduler.schedule(in_flight=bool(in_flight))
+        if plan is not None:
+            scheduler.check_integrity()
+            in_flight.append((plan, device.launch(plan)))
+        if in_flight and (plan is None or len(in_flight) > 1):
+            done, made = in_flight.pop(0)
+            for row, sequence_id in zip(done.rows.tolist(), done.sequence_ids, strict=True):
+                if scheduler.sequence_id_R[row] != sequence_id:
+                    continue
+                index = scheduler.key_of(row).index
+                generated[index] += made[row][0]
+                if not made[row][1]:
+                    scheduler.finish(row, generated[index])
+                    finished[index] = generated[index]
+        elif plan is None:
+            assert not scheduler.num_live
+            assert not scheduler.waiting
+            scheduler.kv.gpu.check_integrity([])
+            scheduler.kv.cpu.check_integrity([])
+            return finished
+    raise AssertionError("no end in sight")
+
+
+def test_all_prompts_end_with_their_lengths() -> None:
+    prompts = [prompt(i, list(range(100 * i, 100 * i + 5 + i)), 10) for i in range(20)]
+    lengths = {i: 1 + i % 10 for i in range(20)}
+    assert run(Scheduler(config()), prompts, lengths) == lengths
+
+
+def test_a_shared_prefix_is_prefilled_once_even_within_one_step() -> None:
+    prefix = list(range(32))
+    prompts = [prompt(i, [*prefix, 100 + i, 200 + i], 2) for i in range(8)]
+    scheduler = Scheduler(config(max_num_batched_tokens=256, gpu_blocks=128))
+    run(scheduler, prompts, dict.fromkeys(range(8), 2))
+    assert scheduler.counters.cached_prompt_tokens == 7 * 32
+    assert scheduler.counters.prefill_steps == 1
+
+
+def test_a_long_prompt_is_prefilled_in_chunks() -> None:
+    scheduler = Scheduler(config(max_num_batched_tokens=16))
+    run(scheduler, [prompt(0, list(range(50)), 3)], {0: 3})
+    assert scheduler.counters.prefill_steps == 4
+
+
+def test_small_kv_swaps_and_computes_no_prompt_token_twice() -> None:
+    rng = random.Random(0)
+    prompts = [prompt(i, [rng.randrange(9**9) for _ in range(8)], 40) for i in range(30)]
+    scheduler = Scheduler(config(gpu_blocks=24, cpu_blocks=200))
+    device_lengths = dict.fromkeys(range(30), 40)
+    assert run(scheduler, prompts, device_lengths) == device_lengths
+    counters = scheduler.counters
+    assert counters.swapped_out_blocks > 0
+    assert counters.swapped_in_blocks == counters.swapped_out_blocks
+    assert counters.prompt_tokens == 30 * 8
+
+
+def test_known_lengths_are_admitted_without_any_swap() -> None:
+    prompts = [prompt(i, [1000 * i + j for j in range(8)], 40, ignore_eos=True) for i in range(30)]
+    scheduler = Scheduler(config(gpu_blocks=48, cpu_blocks=200))
+    run(scheduler, prompts, dict.fromkeys(range(30), 40))
+    assert scheduler.counters.swapped_out_blocks == 0
+
+
+def test_forecast_peak_equals_a_simulation() -> None:
+    rng = np.random.default_rng(0)
+    kv = rng.integers(1, 50, 40).astype(float)
+    remaining = rng.integers(0, 60, 40).astype(float)
+    simulated = max(
+        sum(k + t for k, r in zip(kv, remaining, strict=True) if r >= t) for t in range(61)
+    )
+    assert forecast_peak(kv, remaining) == simulated
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    gpu_blocks=st.integers(16, 60),
+    cpu_blocks=st.sampled_from([0, 8, 16, 40, 300]),
+    window=st.sampled_from([1, 4, 16]),
+    caching=st.booleans(),
+    batched=st.sampled_from([7, 64, 512]),
+)
+def test_any_job_ends_with_every_token_right(
+    seed: int, gpu_blocks: int, cpu_blocks: int, window: int, caching: bool, batched: int
+) -> None:
+    rng = random.Random(seed)
+    prefixes = [[rng.randrange(50) for _ in range(rng.choice([0, 3, 9, 17]))] for _ in range(3)]
+    prompts, lengths = [], {}
+    for i in range(rng.randint(1, 40)):
+        tokens = [*rng.choice(prefixes), *(rng.randrange(50) for _ in range(rng.randint(1, 20)))]
+        max_tokens = rng.randint(1, 64 - len(tokens))
+        exact = rng.random() < 0.3
+        lengths[i] = max_tokens if exact else rng.randint(1, max_tokens)
+        prompts.append(prompt(i, tokens, max_tokens, ignore_eos=exact))
+    scheduler = Scheduler(
+        config(
+            gpu_blocks=gpu_blocks,
+            cpu_blocks=cpu_blocks,
+            decode_window=window,
+            enable_prefix_caching=caching,
+            max_num_batched_tokens=batched,
+        )
+    )
+    assert run(scheduler, prompts, lengths) == lengths
+
+
+@pytest.mark.parametrize("batch", [1024, 4096])
+def test_planning_a_window_takes_little_and_does_not_loop_over_sequences(batch: int) -> None:
+    scheduler = Scheduler(
+        config(
+            max_num_seqs=batch,
+            max_num_batched_tokens=10**6,
+            max_model_len=4096,
+            decode_window=16,
+            block_size=16,
+            gpu_blocks=batch * 256,
+            cpu_blocks=0,
+            enable_prefix_caching=False,
+        )
+    )
+    scheduler.add(prompt(i, [i] * 16, 2000, ignore_eos=True) for i in range(batch))
+    while len(scheduler._decodable()) < batch:
+        assert scheduler.schedule(in_flight=False) is not None
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        plan = scheduler.schedule(in_flight=True)
+        times.append(time.perf_counter() - start)
+        assert plan is not None
+        assert plan.decode is not None
+        assert len(plan.decode.rows) == batch
+    assert sorted(times)[10] < 0.005
