@@ -1,7 +1,8 @@
-"""Fixtures for every test: a real S3 server on loopback."""
+"""For every test: the interpreter or the GPU, and a real S3 server on loopback."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,25 @@ from pathlib import Path
 import pytest
 
 _START_TIMEOUT_S = 60
+
+HAS_GPU = Path("/dev/nvidiactl").exists()
+REQUIRES_GPU = os.environ.get("BATCHGEN_REQUIRE_GPU") == "1"
+
+# Triton reads this when it is first imported, which transformers does, too.
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure() -> None:
+    if REQUIRES_GPU and not HAS_GPU:
+        raise pytest.UsageError("BATCHGEN_REQUIRE_GPU=1, but there is no CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu run where there is one."""
+    for item in items:
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
