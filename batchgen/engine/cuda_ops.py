@@ -17,6 +17,7 @@ from batchgen.kernels.paged_prefill import paged_prefill
 from batchgen.kernels.penalties import apply_penalties
 from batchgen.kernels.rms_norm import add_rms_norm, rms_norm
 from batchgen.kernels.sample import sample
+from batchgen.kernels.shared_prefix import merge_attention, shared_prefix
 from batchgen.kernels.silu_mul import silu_mul
 from batchgen.models.config import ModelConfig
 from batchgen.models.ops import Linear
@@ -48,7 +49,9 @@ class CudaOps:
         """Cuts the KV of a decode step into equal pieces of work, once for all layers."""
         if isinstance(batch, DecodeBatch):
             self._decode_plan = plan_decode(
-                batch.seq_lens_B, num_kv_heads=self._config.num_kv_heads
+                batch.seq_lens_B,
+                batch.kv_starts_B,
+                num_kv_heads=self._config.num_kv_heads,
             )
 
     def attention(
@@ -72,28 +75,58 @@ class CudaOps:
             k_norm_H=k_norm_H,
             eps=self._config.rms_norm_eps,
         )
-        table_RX = self._state.block_table_RX
         if isinstance(batch, PrefillBatch):
             out_TNH = paged_prefill(
                 q_TNH,
                 k_cache_PKSH,
                 v_cache_PKSH,
-                table_RX,
+                self._state.block_table_RX,
                 batch.rows_B,
                 batch.cu_seqlens_q_B1,
                 batch.seq_lens_B,
                 scale=self._scale,
             )
         else:
-            assert self._decode_plan is not None
-            out_TNH = paged_decode(
-                q_TNH,
+            out_TNH = self._decode(q_TNH, k_cache_PKSH, v_cache_PKSH, batch)
+        return out_TNH.view(len(q_TNH), -1)
+
+    def _decode(
+        self, q_BNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor, batch: DecodeBatch
+    ) -> Tensor:
+        """Each sequence's own KV; a shared prefix is read once for all and merged in."""
+        assert self._decode_plan is not None
+        prefix, size = batch.prefix, len(q_BNH)
+        if prefix is None:
+            return paged_decode(
+                q_BNH,
                 k_cache_PKSH,
                 v_cache_PKSH,
-                table_RX,
+                self._state.block_table_RX,
                 batch.rows_B,
                 batch.seq_lens_B,
                 self._decode_plan,
                 scale=self._scale,
             )
-        return out_TNH.view(len(q_TNH), -1)
+        own_BNH, own_lse_BN = paged_decode(
+            q_BNH,
+            k_cache_PKSH,
+            v_cache_PKSH,
+            self._state.block_table_RX,
+            batch.rows_B,
+            batch.seq_lens_B,
+            self._decode_plan,
+            scale=self._scale,
+            kv_starts_B=batch.kv_starts_B,
+            return_lse=True,
+        )
+        prefix_BNH, prefix_lse_BN = shared_prefix(
+            q_BNH,
+            k_cache_PKSH,
+            v_cache_PKSH,
+            prefix.block_table_1X,
+            prefix.len_1,
+            prefix.members_B[:size],
+            prefix.cu_members[size],
+            scale=self._scale,
+        )
+        return merge_attention(own_BNH, own_lse_BN, prefix_BNH, prefix_lse_BN)

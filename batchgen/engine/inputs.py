@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchgen.engine.step_plan import BlockTableUpdates, NewSequences, PrefillPlan
+from batchgen.engine.step_plan import BlockTableUpdates, Int32, NewSequences, PrefillPlan
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -70,6 +70,22 @@ class PrefillBatch:
     seq_lens: NDArray[np.int32]
 
 
+class SharedPrefix:
+    """The leading blocks that all sequences of a decode batch have in common, on the device."""
+
+    def __init__(self, max_blocks: int, max_num_seqs: int, device: torch.device) -> None:
+        self.block_table_1X = torch.zeros(1, max_blocks, dtype=torch.int32, device=device)
+        self.len_1 = torch.zeros(1, dtype=torch.int32, device=device)  # tokens
+        self.members_B = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        # Row n is [0, n]: one group of n members.
+        self.cu_members = torch.stack([torch.zeros_like(self.members_B), self.members_B], dim=1)
+
+    def set(self, blocks: Int32, block_size: int) -> None:
+        device = self.len_1.device
+        self.block_table_1X[0, : len(blocks)] = to_device(blocks, device)
+        self.len_1.fill_(len(blocks) * block_size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBatch:
     """One token a sequence, so T is B. An inactive row has seq_len 0 and a negative slot."""
@@ -78,6 +94,8 @@ class DecodeBatch:
     slot_mapping_T: Tensor  # int64
     rows_B: Tensor  # int32
     seq_lens_B: Tensor  # int32, the token of this step counted
+    kv_starts_B: Tensor | None  # int32, tokens of the shared prefix, where it is read apart
+    prefix: SharedPrefix | None
 
 
 StepBatch = PrefillBatch | DecodeBatch
@@ -102,7 +120,9 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
     )
 
 
-def decode_batch(state: SlotState, rows_B: Tensor, block_size: int) -> DecodeBatch:
+def decode_batch(
+    state: SlotState, rows_B: Tensor, block_size: int, prefix: SharedPrefix | None
+) -> DecodeBatch:
     """Made on the device from the slot table alone: part of the captured step."""
     active_B = state.active_R[rows_B]
     positions_B = state.kv_lens_R[rows_B]
@@ -112,6 +132,8 @@ def decode_batch(state: SlotState, rows_B: Tensor, block_size: int) -> DecodeBat
         slot_mapping_T=torch.where(active_B, slots_B, -1),
         rows_B=rows_B.to(torch.int32),
         seq_lens_B=torch.where(active_B, positions_B + 1, 0),
+        kv_starts_B=None if prefix is None else torch.where(active_B, prefix.len_1, 0),
+        prefix=prefix,
     )
 
 

@@ -88,6 +88,15 @@ class KVCache:
         self.num_blocks_R[rows] += counts.astype(np.int32)
         self._updates.append((owners, columns, fresh))
 
+    def common_blocks(self, rows: NDArray[np.intp], num_tokens: int) -> Int32:
+        """The leading blocks, within the first `num_tokens`, that all of `rows` share."""
+        first_X = self.table_RX[rows[0], : num_tokens // self.block_size]
+        if len(first_X) == 0 or self.gpu.ref_count[first_X[0]] < len(rows):
+            return first_X[:0].copy()
+        is_same_X = (self.table_RX[rows, : len(first_X)] == first_X).all(axis=0)
+        count = len(first_X) if is_same_X.all() else int(np.argmin(is_same_X))
+        return first_X[:count].copy()
+
     def release(self, row: int) -> None:
         """Gives back all that `row` holds, wherever it is."""
         host = self._swapped.pop(row, None)

@@ -14,13 +14,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchgen.engine.cuda_graphs import StepGraphs
-from batchgen.engine.inputs import SlotState, StepBatch, decode_batch, prefill_batch, to_device
+from batchgen.engine.inputs import (
+    SharedPrefix,
+    SlotState,
+    StepBatch,
+    decode_batch,
+    prefill_batch,
+    to_device,
+)
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.engine.ops import EngineOps
 from batchgen.engine.sampler import Sampler
 from batchgen.engine.step_plan import DecodePlan, PrefillPlan, StepPlan
 from batchgen.engine.swap import SwapSpace
 from batchgen.models.decoder import Decoder
+
+# Below these, two more kernels a layer cost more than the reads that they save.
+MIN_PREFIX_ROWS = 16
+MIN_PREFIX_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +76,19 @@ class ModelRunner:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         shape = (decode_window, max_num_seqs)
         self._tokens_kB = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._prefix = SharedPrefix(state.block_table_RX.shape[1], max_num_seqs, device)
         self._graphs: StepGraphs | None = None
         if use_graphs:
             self._graphs = StepGraphs(
-                lambda size: self._decode_step(self._rows_B[:size]), max_num_seqs
+                lambda size, has_prefix: self._decode_step(self._rows_B[:size], has_prefix),
+                max_num_seqs,
             )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Captures the graphs; every row is the padding row, so nothing is written."""
         if self._graphs is not None:
-            self._graphs.capture_all()
+            self._graphs.capture_all(MIN_PREFIX_ROWS)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepResult:
@@ -115,17 +128,28 @@ class ModelRunner:
         rows[:count] = plan.rows
         self._rows_B[:size] = to_device(rows, self.state.device)
         self._step.zero_()
+        has_prefix = self._set_prefix(plan)
         for _ in range(plan.num_steps):
             if self._graphs is None:
-                self._decode_step(self._rows_B[:size])
+                self._decode_step(self._rows_B[:size], has_prefix)
             else:
-                self._graphs.replay(size)
+                self._graphs.replay(size, has_prefix=has_prefix)
         return self._result(self._tokens_kB[: plan.num_steps, :count], self._rows_B[:count])
 
-    def _decode_step(self, rows_B: Tensor) -> None:
+    def _set_prefix(self, plan: DecodePlan) -> bool:
+        """Whether the window reads the blocks that all its rows share once for all of them."""
+        if self.state.device.type == "cpu" or len(plan.rows) < MIN_PREFIX_ROWS:
+            return False
+        if len(plan.shared_blocks) * self._memory.block_size < MIN_PREFIX_TOKENS:
+            return False
+        self._prefix.set(plan.shared_blocks, self._memory.block_size)
+        return True
+
+    def _decode_step(self, rows_B: Tensor, has_prefix: bool) -> None:
         """One token for each active row; reads and writes device state only."""
         state = self.state
-        batch = decode_batch(state, rows_B, self._memory.block_size)
+        prefix = self._prefix if has_prefix else None
+        batch = decode_batch(state, rows_B, self._memory.block_size, prefix)
         self._ops.begin_step(batch)
         hidden_BD = self._decoder.forward(state.last_tokens_R[rows_B], batch)
         logits_BV = self._decoder.logits(hidden_BD)

@@ -277,11 +277,14 @@ class Scheduler:
         rows, target, growth = rows[runs], target[runs], growth[runs]
         if len(rows) == 0:
             return None
+        shared_blocks = self.kv.common_blocks(rows, int(self.kv_len_R[rows].min()))
         grows = growth > 0
         self.kv.grow(rows[grows].astype(np.int32), growth[grows])
         self._sample_waste()
         self.kv_len_R[rows] = target
-        return DecodePlan(rows=rows.astype(np.int32), num_steps=num_steps)
+        return DecodePlan(
+            rows=rows.astype(np.int32), num_steps=num_steps, shared_blocks=shared_blocks
+        )
 
     def _make_room(self, rows: NDArray[np.intp], growth: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of `rows` (oldest first) may grow now; swaps the newest out where it must."""

@@ -62,6 +62,7 @@ class DecodePlan:
 
     rows: Int32  # [B]
     num_steps: int
+    shared_blocks: Int32  # the leading blocks that all rows have in common, whole and computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

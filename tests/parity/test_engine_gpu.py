@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,20 @@ def test_the_cpu_and_the_gpu_sample_the_same_tokens(tmp_path: Path) -> None:
     on_gpu = complete(engine_for(tmp_path, sampling, device="cuda"), prompts)
     same = sum(list(on_gpu[i].token_ids) == list(c.token_ids) for i, c in on_cpu.items())
     assert same >= 15
+
+
+def test_a_prefix_that_all_rows_share_is_read_once_and_changes_no_token(tmp_path: Path) -> None:
+    model = save_tiny_model("qwen3", tmp_path).to("cuda")
+    shared = prompts_for(7)[6].token_ids[:20] * 8
+    prompts = [
+        dataclasses.replace(prompt, token_ids=[*shared, *prompt.token_ids[-9:]])
+        for prompt in prompts_for(40, max_tokens=32)
+    ]
+    engine = engine_for(tmp_path, device="cuda", max_num_seqs=24)
+    used: list[bool] = []
+    set_prefix = engine._runner._set_prefix
+    engine._runner._set_prefix = lambda plan: used.append(set_prefix(plan)) or used[-1]
+    completions = complete(engine, prompts)
+    assert any(used)
+    for prompt in prompts:
+        assert list(completions[prompt.key.index].token_ids) == greedy(model, prompt)
