@@ -1,0 +1,341 @@
+"""The moving part of a run: four threads, bounded channels, and the board of units in flight.
+
+    reader ─rows─▶ prompter ─prompts─▶ engine (calling thread) ─ended─▶ saver
+       └───────────── admitted by the UnitBoard ◀── released by a commit ──┘
+
+Every channel is bounded, and a unit is read only when the rows in flight leave room for it, so
+memory is bounded by the planning window and never by the dataset. Whatever ends a run early (an
+error in any thread, a signal, the error rate) goes through `Pipeline.stop`: the first reason
+wins, nothing new is admitted, what has finished is saved, and the reason is raised on the calling
+thread. Nothing waits for a thread that may be gone: closing a channel wakes both of its ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from batchgen.errors import BatchgenError, ErrorRateExceeded
+from batchgen.records import (
+    Completion,
+    EngineStats,
+    InputRow,
+    OutputRow,
+    Prompt,
+    PromptSource,
+    RowFailure,
+    RowResult,
+    RowSkip,
+    Unit,
+)
+from batchgen.units import FinishedUnit, UnitBoard
+
+PLANNING_WINDOW_ROWS = 65536
+_CHANNEL_ROWS = 4096
+_BATCH_ROWS = 256
+_WATCH_INTERVAL_S = 0.2
+_JOIN_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+Ended = Completion | RowFailure | RowSkip
+
+
+class Engine(Protocol):
+    """What the pipeline asks of an engine."""
+
+    def run(self, source: PromptSource) -> Iterator[list[Completion]]:
+        """Pull prompts until there are no more; yield completions as they finish, in any order."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters, from any thread."""
+        ...
+
+    def stop(self) -> None:
+        """From any thread: `run` returns soon and drops what is unfinished."""
+        ...
+
+
+class Channel(Generic[T]):
+    """A bounded queue of rows between two threads. Closing it wakes both."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._items: deque[T] = deque()
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def put(self, items: Sequence[T]) -> bool:
+        """Add all of `items`, waiting for room; False if the channel is closed, dropping them."""
+        with self._changed:
+            while not self._is_closed and self._items and self._overflows(len(items)):
+                self._changed.wait()
+            if self._is_closed:
+                return False
+            self._items.extend(items)
+            self._changed.notify_all()
+            return True
+
+    def get(self, max_items: int, timeout_s: float | None = None) -> list[T]:
+        """Up to `max_items`, waiting for the first; empty when closed or out of time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._is_closed, timeout_s)
+            taken = [self._items.popleft() for _ in range(min(max_items, len(self._items)))]
+            self._changed.notify_all()
+            return taken
+
+    def close(self, *, discard: bool = False) -> None:
+        """Accept nothing more; what is inside can still be taken unless it is discarded."""
+        with self._changed:
+            self._is_closed = True
+            if discard:
+                self._items.clear()
+            self._changed.notify_all()
+
+    def is_drained(self) -> bool:
+        """Closed, and nothing is left to take."""
+        with self._changed:
+            return self._is_closed and not self._items
+
+    def _overflows(self, num_items: int) -> bool:
+        return len(self._items) + num_items > self._capacity
+
+
+class PromptChannel(Channel[Prompt]):
+    """The channel that the engine pulls from: a `records.PromptSource`."""
+
+    def take(self, max_prompts: int, *, wait: bool) -> list[Prompt]:
+        return self.get(max_prompts, None if wait else 0.0)
+
+
+class FailureGate:
+    """Decides when rows that fail end the run: `on_error: fail`, or too many in a window.
+
+    Rows are judged in input order as they leave the prompt stage, where every failure of a row
+    happens. Judged by the order in which rows end, the failures, which end at once, would run far
+    ahead of the rows that take the engine's time, and a rate of 1% would look like 100%.
+    """
+
+    def __init__(self, *, fail_on_first: bool, max_error_rate: float, window: int) -> None:
+        self._fail_on_first = fail_on_first
+        self._max_error_rate = max_error_rate
+        self._window: deque[bool] = deque(maxlen=window)
+        self._num_failed = 0
+        self._last_failure: RowFailure | None = None
+
+    def judge(self, failure: RowFailure | None) -> BatchgenError | None:
+        """Count one row that was made ready, skipped (None) or has failed; why to stop, if so."""
+        if failure is not None and self._fail_on_first:
+            return BatchgenError(
+                f"row {failure.address} failed ({failure.kind}: {failure.message}) and "
+                "errors.on_error is fail; mend the row, or set errors.on_error=dead_letter"
+            )
+        self._last_failure = failure or self._last_failure
+        window = self._window
+        if len(window) == window.maxlen:
+            self._num_failed -= window[0]
+        window.append(failure is not None)
+        self._num_failed += failure is not None
+        if len(window) < (window.maxlen or 0):
+            return None
+        if self._num_failed <= self._max_error_rate * len(window):
+            return None
+        last = self._last_failure
+        assert last is not None
+        return ErrorRateExceeded(
+            f"{self._num_failed} of the last {len(window)} rows failed, more than "
+            f"errors.max_error_rate={self._max_error_rate:g} allows; the last: {last.address}: "
+            f"{last.kind}: {last.message}. Finished rows are saved: run again with a higher "
+            "limit, or mend the input and write to a new output"
+        )
+
+
+class Saver(Protocol):
+    """Where finished rows go (implemented by `units.UnitSaver`)."""
+
+    def finish(
+        self, completions: Sequence[Completion], rows: Sequence[InputRow]
+    ) -> list[OutputRow]:
+        """Turn completions and the rows they belong to into rows of output."""
+        ...
+
+    def keep(self, results: Sequence[RowResult]) -> None:
+        """Remember results for the next flush."""
+        ...
+
+    def commit(self, finished: FinishedUnit) -> None:
+        """Write a complete unit's parts and commit it."""
+        ...
+
+    def flush(self) -> None:
+        """Write what was kept and is not committed, so that a kill does not lose it."""
+        ...
+
+
+ReadUnit = Callable[[Unit, set[int] | None], Iterator[InputRow | RowFailure | RowSkip]]
+MakePrompts = Callable[[Sequence[InputRow]], list[Prompt | RowFailure]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """What the threads of a pipeline do, stage by stage."""
+
+    read_unit: ReadUnit
+    make_prompts: MakePrompts
+    kept_columns: Sequence[str]  # of a row, what its output needs
+    engine: Engine
+    saver: Saver
+    gate: FailureGate
+    watch: Callable[[], BatchgenError | None]  # called often: shows progress, says why to stop
+
+
+class Pipeline:
+    """Runs units through the stages; used once."""
+
+    def __init__(self, stages: Stages, *, max_rows: int, flush_interval_s: float) -> None:
+        self._stages = stages
+        self._flush_interval_s = flush_interval_s
+        self._board = UnitBoard(max_rows)
+        self._rows: Channel[InputRow | RowFailure | RowSkip] = Channel(_CHANNEL_ROWS)
+        self._prompts = PromptChannel(max_rows)  # the engine plans over all that it is given
+        self._ended: Channel[Ended] = Channel(_CHANNEL_ROWS)
+        self._reason: BaseException | None = None
+        self._reason_lock = threading.Lock()
+        self._is_over = threading.Event()
+
+    def run(self, units: Iterable[Unit], recovered: Mapping[int, Sequence[RowResult]]) -> None:
+        """Run every unit to its commit.
+
+        `recovered` holds results of earlier runs by unit id; only the other rows are read.
+        Raises the first reason that stopped the run, after saving what had finished.
+        """
+        watcher = self._start("watch", self._watch)
+        feeders = [
+            self._start("read", lambda: self._read(units, recovered)),
+            self._start("prompt", self._prompt),
+        ]
+        saver = self._start("save", self._save)
+        self._guard(self._generate)
+        if not self._prompts.is_drained():
+            self.stop(BatchgenError("the engine returned while prompts were left"))
+        for thread in feeders:
+            # A read that hangs on a network must not hold up a run that is being stopped.
+            thread.join(None if self._reason is None else _JOIN_TIMEOUT_S)
+        self._ended.close()
+        saver.join()
+        self._is_over.set()
+        watcher.join()
+        if self._reason is not None:
+            raise self._reason
+        if self._board.num_open():
+            raise BatchgenError(
+                f"the engine returned with {self._board.num_open()} units unfinished"
+            )
+
+    def stop(self, reason: BaseException) -> None:
+        """End the run early, from any thread; the first reason wins."""
+        with self._reason_lock:
+            if self._reason is None:
+                self._reason = reason
+        self._board.stop()
+        self._rows.close(discard=True)
+        self._prompts.close(discard=True)
+        self._stages.engine.stop()
+
+    def _start(self, name: str, work: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(
+            target=self._guard, args=(work,), name=f"batchgen-{name}", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # raised again by run() on the calling thread
+            self.stop(error)
+
+    def _read(self, units: Iterable[Unit], recovered: Mapping[int, Sequence[RowResult]]) -> None:
+        for unit in units:
+            done = recovered.get(unit.unit_id, ())
+            if not self._board.admit(unit, done):
+                return
+            wanted = set(range(unit.num_rows)) - {r.key.index for r in done} if done else None
+            batch: list[InputRow | RowFailure | RowSkip] = []
+            for row in self._stages.read_unit(unit, wanted):
+                batch.append(row)
+                if len(batch) == _BATCH_ROWS:
+                    if not self._rows.put(batch):
+                        return
+                    batch = []
+            if not self._rows.put(batch):
+                return
+        self._rows.close()
+
+    def _prompt(self) -> None:
+        while batch := self._rows.get(_BATCH_ROWS):
+            rows = [row for row in batch if isinstance(row, InputRow)]
+            made = iter(self._stages.make_prompts(rows))
+            outcomes = [next(made) if isinstance(row, InputRow) else row for row in batch]
+            reason = self._judge(outcomes)
+            if reason is None or isinstance(reason, ErrorRateExceeded):
+                self._ended.put([x for x in outcomes if not isinstance(x, Prompt)])
+            if reason is not None:  # under `on_error: fail`, the row is tried again by the next run
+                self.stop(reason)
+                return
+            prompts = [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
+            keys = {prompt.key for prompt in prompts}
+            self._board.start(self._strip(row) for row in rows if row.key in keys)
+            self._prompts.put(prompts)
+        self._prompts.close()
+
+    def _judge(self, outcomes: Sequence[Prompt | RowFailure | RowSkip]) -> BatchgenError | None:
+        for outcome in outcomes:
+            reason = self._stages.gate.judge(outcome if isinstance(outcome, RowFailure) else None)
+            if reason is not None:
+                return reason
+        return None
+
+    def _strip(self, row: InputRow) -> InputRow:
+        values = {name: row.values.get(name) for name in self._stages.kept_columns}
+        return InputRow(key=row.key, address=row.address, values=values)
+
+    def _generate(self) -> None:
+        for completions in self._stages.engine.run(self._prompts):
+            if not self._ended.put(completions):
+                return
+
+    def _save(self) -> None:
+        try:
+            self._save_until_drained()
+        finally:
+            self._ended.close(discard=True)
+
+    def _save_until_drained(self) -> None:
+        saver = self._stages.saver
+        next_flush = time.monotonic() + self._flush_interval_s
+        while not self._ended.is_drained():
+            ended = self._ended.get(_CHANNEL_ROWS, max(0.0, next_flush - time.monotonic()))
+            completions = [item for item in ended if isinstance(item, Completion)]
+            results: list[RowResult] = [x for x in ended if not isinstance(x, Completion)]
+            if completions:
+                rows = self._board.claim(completion.key for completion in completions)
+                results.extend(saver.finish(completions, rows))
+            saver.keep(results)
+            for finished in self._board.settle(results):
+                saver.commit(finished)
+                self._board.close(finished.unit)
+            if time.monotonic() >= next_flush:
+                saver.flush()
+                next_flush = time.monotonic() + self._flush_interval_s
+        saver.flush()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_WATCH_INTERVAL_S):
+            reason = self._stages.watch()
+            if reason is not None:
+                self.stop(reason)

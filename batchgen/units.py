@@ -1,0 +1,218 @@
+"""Units on their way: which are open, what their rows have come to, and how they are saved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from batchgen.dataset.storage import Storage
+from batchgen.dataset.writer import build_parts
+from batchgen.job.spec import JobSpec
+from batchgen.ledger import Ledger
+from batchgen.monitor.progress import RunProgress
+from batchgen.prompts.detokenize import detokenize
+from batchgen.records import (
+    Completion,
+    EngineStats,
+    InputRow,
+    OutputRow,
+    RowFailure,
+    RowKey,
+    RowResult,
+    RowSkip,
+    Unit,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedUnit:
+    """A unit of which every row has ended."""
+
+    unit: Unit
+    results: Sequence[RowResult]  # in row order
+    wall_s: float  # since it was admitted
+
+
+@dataclass(slots=True)
+class _OpenUnit:
+    unit: Unit
+    results: dict[int, RowResult]
+    running: dict[int, InputRow] = field(default_factory=dict)
+    admitted_at: float = field(default_factory=time.monotonic)
+
+
+class UnitBoard:
+    """The units that have been admitted and are not committed yet, with their rows.
+
+    Invariant: the rows of all open units are at most `max_rows`, or one unit is open alone.
+    """
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._num_rows = 0
+        self._open: dict[int, _OpenUnit] = {}
+        self._is_stopped = False
+        self._changed = threading.Condition()
+
+    def admit(self, unit: Unit, results: Sequence[RowResult]) -> bool:
+        """Open a unit with the results it already has, waiting for room; False when stopped."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._is_stopped
+                    or not self._open
+                    or self._num_rows + unit.num_rows <= self._max_rows
+                )
+            )
+            if self._is_stopped:
+                return False
+            self._num_rows += unit.num_rows
+            self._open[unit.unit_id] = _OpenUnit(unit, {r.key.index: r for r in results})
+            return True
+
+    def start(self, rows: Iterable[InputRow]) -> None:
+        """Note the rows that go to the engine."""
+        with self._changed:
+            for row in rows:
+                self._open[row.key.unit_id].running[row.key.index] = row
+
+    def claim(self, keys: Iterable[RowKey]) -> list[InputRow]:
+        """The rows that the engine has finished; each can be claimed once."""
+        with self._changed:
+            return [self._open[key.unit_id].running.pop(key.index) for key in keys]
+
+    def settle(self, results: Iterable[RowResult]) -> list[FinishedUnit]:
+        """Note how rows ended; the units that are complete by that, in unit order."""
+        touched = set()
+        with self._changed:
+            for result in results:
+                self._open[result.key.unit_id].results[result.key.index] = result
+                touched.add(result.key.unit_id)
+            opened = [self._open[unit_id] for unit_id in sorted(touched)]
+        now = time.monotonic()
+        return [
+            FinishedUnit(
+                unit=each.unit,
+                results=[each.results[index] for index in range(each.unit.num_rows)],
+                wall_s=now - each.admitted_at,
+            )
+            for each in opened
+            if len(each.results) == each.unit.num_rows
+        ]
+
+    def close(self, unit: Unit) -> None:
+        """Forget a committed unit, which makes room for others."""
+        with self._changed:
+            del self._open[unit.unit_id]
+            self._num_rows -= unit.num_rows
+            self._changed.notify_all()
+
+    def num_open(self) -> int:
+        with self._changed:
+            return len(self._open)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+
+
+class UnitSaver:
+    """Turns completions into rows of output, and finished units into parts and commits.
+
+    Belongs to one thread, but for `progress`. `_unsaved` are results neither committed nor flushed.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: JobSpec,
+        schema: pa.Schema,
+        storage: Storage,
+        ledger: Ledger,
+        tokenizer: PreTrainedTokenizerFast,
+        stop_token_ids: Collection[int],
+    ) -> None:
+        """`stop_token_ids` are all tokens that may end an output; they are taken off its text."""
+        self._spec = spec
+        self._schema = schema
+        self._storage = storage
+        self._ledger = ledger
+        self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._unsaved: dict[int, list[RowResult]] = {}
+        self._earlier = ledger.counts()
+        self._num_ended: Counter[type[RowResult]] = Counter()  # in this run
+
+    def finish(
+        self, completions: Sequence[Completion], rows: Sequence[InputRow]
+    ) -> list[OutputRow]:
+        """The rows of output of these completions; `rows` are theirs, in the same order."""
+        texts = detokenize(
+            self._tokenizer, completions, self._spec.sampling.stop, self._stop_token_ids
+        )
+        return [
+            OutputRow(
+                key=row.key,
+                address=row.address,
+                values=self._values(completion, row, text),
+                num_prompt_tokens=completion.num_prompt_tokens,
+                num_output_tokens=len(completion.token_ids),
+            )
+            for completion, row, text in zip(completions, rows, texts, strict=True)
+        ]
+
+    def keep(self, results: Sequence[RowResult]) -> None:
+        """Remember results for the next flush."""
+        for result in results:
+            self._unsaved.setdefault(result.key.unit_id, []).append(result)
+            self._num_ended[type(result)] += 1
+
+    def progress(self, engine: EngineStats) -> RunProgress:
+        """Where the run is, from any thread."""
+        earlier, ended = self._earlier, self._num_ended
+        return RunProgress(
+            total_rows=earlier.total,
+            ok_rows=earlier.ok + ended[OutputRow],
+            failed_rows=earlier.failed + ended[RowFailure],
+            skipped_rows=earlier.skipped + ended[RowSkip],
+            engine=engine,
+        )
+
+    def commit(self, finished: FinishedUnit) -> None:
+        """Write a unit's parts and then its commit, without which they do not exist."""
+        unit = finished.unit
+        rows = [result for result in finished.results if isinstance(result, OutputRow)]
+        built = build_parts(self._spec.output, self._schema, unit.unit_id, rows)
+        for part, data in built:
+            self._storage.put(part.path, data)
+        parts = [part for part, _ in built]
+        self._ledger.commit(unit, parts, finished.results, wall_s=finished.wall_s)
+        self._unsaved.pop(unit.unit_id, None)
+
+    def flush(self) -> None:
+        """Write what is neither committed nor flushed, so that a kill does not lose it."""
+        self._ledger.flush_partial([row for rows in self._unsaved.values() for row in rows])
+        self._unsaved.clear()
+
+    def _values(self, completion: Completion, row: InputRow, text: str) -> dict[str, object]:
+        columns = self._spec.output.columns
+        values = {**row.values, columns.response: text}
+        if columns.meta:
+            values |= {
+                "finish_reason": completion.finish_reason,
+                "prompt_tokens": completion.num_prompt_tokens,
+                "output_tokens": len(completion.token_ids),
+                "seed": completion.seed,
+                "row_address": row.address,
+            }
+        return values
