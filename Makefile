@@ -33,8 +33,9 @@ demo: $(STAMPS)/install
 	$(BIN)/batchgen run jobs/translate.yaml
 	@$(BIN)/python -c 'import datasets; d = datasets.load_from_disk("out/translate"); print(d); [print(r) for r in d.select(range(min(3, len(d))))]'
 
+# Two workers with one thread each: torch's own threads would only get in each other's way.
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 15
 
 check: $(STAMPS)/dev
 	$(BIN)/ruff check .

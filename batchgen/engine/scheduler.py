@@ -15,9 +15,7 @@ to grow, once so that a sequence of any length can be swapped out to make it roo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -26,76 +24,15 @@ from numpy.typing import NDArray
 from batchgen.engine.forecast import OutputLengths, forecast_peak
 from batchgen.engine.kv_cache import KVCache, block_hashes
 from batchgen.engine.prefix_plan import order_window
-from batchgen.engine.step_plan import DecodePlan, Int32, NewSequences, PrefillPlan, StepPlan
+from batchgen.engine.sequences import (
+    Chunks,
+    QueuedPrompt,
+    SchedulerConfig,
+    SchedulerCounters,
+    State,
+)
+from batchgen.engine.step_plan import DecodePlan, NewSequences, PrefillPlan, StepPlan
 from batchgen.records import Prompt, RowKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one engine. `gpu_blocks` must hold at least one sequence of `max_model_len`."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    decode_window: int  # decode steps between two looks of the host
-    block_size: int
-    gpu_blocks: int
-    cpu_blocks: int
-    enable_prefix_caching: bool
-
-
-class State(IntEnum):
-    """What a row of the slot table does."""
-
-    FREE = 0
-    PREFILL = 1
-    DECODE = 2
-    SWAPPED = 3
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class QueuedPrompt:
-    """A prompt from its arrival to the end of its prefill."""
-
-    prompt: Prompt
-    token_ids: Int32
-    hashes: Sequence[bytes]
-    num_computed: int = 0  # of its tokens, by the steps planned so far; the cached prefix included
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
-    def max_tokens(self) -> int:
-        return self.prompt.max_tokens
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Totals since the start."""
-
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    prefill_steps: int = 0
-    decode_steps: int = 0
-    swapped_out_blocks: int = 0
-    swapped_in_blocks: int = 0
-    stalled: int = 0
-    waste_sum: float = 0.0
-    waste_samples: int = 0
-
-
-@dataclass(slots=True)
-class _Chunks:
-    """A prefill step being put together."""
-
-    token_ids: list[Int32] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    seq_lens: list[int] = field(default_factory=list)
-    is_last: list[bool] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)
-    num_tokens: int = 0
 
 
 class Scheduler:
@@ -280,8 +217,9 @@ class Scheduler:
         shared_blocks = self.kv.common_blocks(rows, int(self.kv_len_R[rows].min()))
         grows = growth > 0
         self.kv.grow(rows[grows].astype(np.int32), growth[grows])
-        self._sample_waste()
+        grown = target - self.kv_len_R[rows]
         self.kv_len_R[rows] = target
+        self._sample_waste(float((grown - 1).sum()) / 2)
         return DecodePlan(
             rows=rows.astype(np.int32), num_steps=num_steps, shared_blocks=shared_blocks
         )
@@ -314,12 +252,15 @@ class Scheduler:
         self.counters.stalled += int(np.count_nonzero(self.state_R[rows[~runs]] == State.DECODE))
         return runs
 
-    def _sample_waste(self) -> None:
-        """KV slots that are held by running sequences and hold no token, of all slots held."""
+    def _sample_waste(self, not_yet_written: float) -> None:
+        """KV slots that hold no token, of all that are held: the mean over a window's steps.
+
+        `not_yet_written`: slots of the window that fill up while it runs, on average.
+        """
         rows = self._live_rows(State.DECODE)
         slots = self.kv.num_blocks_R[rows].astype(np.int64) * self.config.block_size
-        held = self.kv.gpu.num_used * self.config.block_size
-        self.counters.waste_sum += float((slots - self.kv_len_R[rows]).sum()) / max(held, 1)
+        unused = float((slots - self.kv_len_R[rows]).sum()) + not_yet_written
+        self.counters.waste_sum += unused / (self.kv.gpu.num_used * self.config.block_size)
         self.counters.waste_samples += 1
 
     # -- prefill -------------------------------------------------------------------------------
@@ -385,7 +326,7 @@ class Scheduler:
         return low
 
     def _plan_prefill(self) -> PrefillPlan | None:
-        chunks = _Chunks()
+        chunks = Chunks()
         if self._partial is not None:
             self._add_chunk(chunks, self._partial)
         admissible = self._num_admissible() if self.waiting and not self.num_swapped else 0
@@ -437,7 +378,7 @@ class Scheduler:
         self.kv_len_R[row] = self.cached_len_R[row] = item.num_computed
         return row
 
-    def _add_chunk(self, chunks: _Chunks, row: int) -> None:
+    def _add_chunk(self, chunks: Chunks, row: int) -> None:
         """Plans as many of the row's remaining prompt tokens as the step has room for."""
         item = self.sequences[row]
         start = item.num_computed

@@ -92,3 +92,13 @@ def test_paged_decode(q_heads: int, kv_heads: int, head: int, size: int) -> None
     expected, _ = reference.paged_decode(*arguments, scale=head**-0.5)
     assert error(out, expected) < 5e-3
     assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 1000, 49152])
+def test_argmax_takes_the_lowest_of_a_tie(width: int) -> None:
+    logits = torch.randn(9, width).to(BF16)
+    logits[0] = 1.0
+    logits[1] = -torch.inf
+    logits[2, width // 2 :] = 9.0
+    expected = torch.stack([row.float().eq(row.float().max()).nonzero()[0, 0] for row in logits])
+    assert torch.equal(native.argmax(logits), expected)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.engine.forecast import forecast_peak
-from batchgen.engine.scheduler import Scheduler, SchedulerConfig
+from batchgen.engine.scheduler import Scheduler
+from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.step_plan import StepPlan
 from batchgen.records import Prompt, RowKey
 
