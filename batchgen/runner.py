@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 _LEDGER_FOLDER = ".batchgen"
 _PROBE = f"{_LEDGER_FOLDER}/probe"
+_OWNER = f"{_LEDGER_FOLDER}/owner"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,8 @@ def open_job(spec: JobSpec) -> OpenJob:
     text_model = None
     if stored is None:
         plan = check_job(spec)
-        _refuse_foreign_files(output)
+        if read_job(ledger_storage) is None:  # unless another runner began it meanwhile
+            _refuse_foreign_files(output)
         _probe(output)
         model_files = resolve_model(spec.model)
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
@@ -179,6 +181,8 @@ def open_job(spec: JobSpec) -> OpenJob:
         ),
         make_plan=lambda: ledger_plan,
     )
+    if spec.checkpoint.uri is not None:
+        _claim(output, ledger.job_id)
     return OpenJob(
         spec=spec,
         output=output,
@@ -376,6 +380,18 @@ def _refuse_foreign_files(output: Storage) -> None:
             f"output.uri {redact(output.uri)} is not empty ({found[0]} and "
             f"{len(found) - 1} more files) and holds no ledger of a run; choose another folder"
         )
+
+
+def _claim(output: Storage, job_id: str) -> None:
+    """Marks the output of a job whose ledger lies elsewhere; raises UsageError if it is taken."""
+    try:
+        output.create(_OWNER, job_id.encode())
+    except FileExistsError:
+        if output.read(_OWNER) != job_id.encode():
+            raise UsageError(
+                f"output.uri {redact(output.uri)} belongs to another job, whose ledger is "
+                "elsewhere; choose another folder"
+            ) from None
 
 
 def _probe(output: Storage) -> None:

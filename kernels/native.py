@@ -47,7 +47,11 @@ def library() -> ctypes.CDLL | None:
             detail = getattr(error, "stderr", b"") or b""
             log.warning("the CPU runs on torch ops, slower: %s %s", error, detail.decode()[-500:])
             return None
-    return ctypes.CDLL(str(target))
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:  # such as a cache on a file system that forbids programs
+        log.warning("the CPU runs on torch ops, slower: %s", error)
+        return None
 
 
 def supports(dtype: torch.dtype, *, num_heads: int, num_kv_heads: int, head_size: int) -> bool:

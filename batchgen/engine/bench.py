@@ -82,6 +82,13 @@ def run_bench(
         )
     if options.max_model_len is None:
         options = dataclasses.replace(options, max_model_len=longest)
+    out_of_vocabulary = next(
+        (i for p in prompts for i in p.token_ids if not 0 <= i < model.vocab_size), None
+    )
+    if out_of_vocabulary is not None:
+        raise UsageError(f"{requests}: token id {out_of_vocabulary} is not in the vocabulary")
+    device = resolve_device(options.device)
+    ceilings = measured_ceilings(device)  # before the engine takes the memory
     start = time.perf_counter()
     engine = build_engine(model, files, options, sampling, decode=None)
     ready = time.perf_counter()
@@ -94,9 +101,8 @@ def run_bench(
     stats = engine.stats()
     wall_s = done - ready
     output_tokens = sum(generated.values())
-    device = resolve_device(options.device)
     floors = floor_seconds(
-        model, [(p.token_ids, generated[p.key.index]) for p in prompts], measured_ceilings(device)
+        model, [(p.token_ids, generated[p.key.index]) for p in prompts], ceilings
     )
     return {
         "requests": len(prompts),

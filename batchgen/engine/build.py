@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ def resolve_device(name: str) -> torch.device:
             f"engine.device is {name}, but torch {torch.__version__} sees no CUDA device here; "
             "use engine.device=cpu or auto"
         )
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(
+                f"engine.device is {name}, but there are {torch.cuda.device_count()} CUDA devices"
+            )
+        torch.cuda.set_device(device)  # kernels and streams go to the current device
     return device
 
 
@@ -56,6 +63,11 @@ def build_engine(
     `decode` turns batches of token ids into texts; it is needed for stop strings only.
     Raises ModelError for weights that do not fit, UsageError for limits that leave no room.
     """
+    if any(token >= model.vocab_size for token in sampling.stop_token_ids):
+        raise UsageError(
+            f"sampling.stop_token_ids {list(sampling.stop_token_ids)}: the model's vocabulary has "
+            f"{model.vocab_size} tokens"
+        )
     device = resolve_device(options.device)
     defaults = DEFAULTS[device.type]
     dtype = _resolve_dtype(options, model, device)
@@ -68,7 +80,8 @@ def build_engine(
     if num_blocks is None:
         tokens = max_num_seqs * max_model_len
         usable = min(
-            _memory_for_kv(model, options, device, dtype, max_num_seqs, max_tokens),
+            _memory_for_kv(model, options, device, dtype, max_num_seqs, max_tokens)
+            - 3 * max_num_seqs * model.vocab_size * sampling.has_penalties,  # Sampler's tables
             per_block * -(-tokens // options.block_size),
         )
         num_blocks = usable // per_block
@@ -94,6 +107,12 @@ def build_engine(
         if swap_bytes is None:
             swap_bytes = min(16 * _GIB, _host_bytes() // 4)
         swap_blocks = swap_bytes // per_block
+        if options.cpu_swap_bytes and swap_blocks * options.block_size < max_model_len:
+            raise UsageError(
+                f"engine.cpu_swap_gib has room for {swap_blocks * options.block_size} tokens, but "
+                f"one sequence of model.max_model_len={max_model_len} may have to be swapped: "
+                "raise it, set it to 0, or lower model.max_model_len"
+            )
         sampler = Sampler(
             sampling, ops, num_rows=max_num_seqs, vocab_size=model.vocab_size, device=device
         )
@@ -174,4 +193,15 @@ def _memory_for_kv(
 
 def _host_bytes() -> int:
     """Memory of this host that is free to take."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        if limit != "max":
+            free = min(free, max(0, int(limit) - used))
+    return free

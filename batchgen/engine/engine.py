@@ -14,9 +14,11 @@ import numpy as np
 
 from batchgen.engine.model_runner import ModelRunner, StepResult
 from batchgen.engine.outputs import OutputBuffer
+from batchgen.engine.sampler import NAN_TOKEN
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.step_plan import StepPlan
 from batchgen.engine.stopping import StopStrings
+from batchgen.errors import BatchgenError
 from batchgen.records import Completion, EngineStats, PromptSource
 
 PLANNING_WINDOW = 65536  # prompts that are ordered together
@@ -85,6 +87,11 @@ class Engine:
         # A row may have ended, and even found a new occupant, after this step was launched.
         current = self._scheduler.sequence_id_R[plan.rows] == plan.sequence_ids
         rows, tokens_Bk, active_B = plan.rows[current], tokens_Bk[current], active_B[current]
+        if (tokens_Bk == NAN_TOKEN).any():
+            raise BatchgenError(
+                "the model's logits are NaN: its numbers do not fit model.dtype, or its weights "
+                "are damaged; try model.dtype=bfloat16 or float32"
+            )
         added_B = self._outputs.append(rows, tokens_Bk)
         self._output_tokens += int(added_B.sum())
         kept: dict[int, int | None] = dict.fromkeys(rows[~active_B].tolist())

@@ -34,6 +34,7 @@ def measured_ceilings(device: torch.device) -> Ceilings:
     b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     source = torch.ones(copy_elements, device=device, dtype=torch.bfloat16)
     target = torch.empty_like(source)
+    # Freed at the return, so that an engine built next finds the memory.
     product_s = _median_seconds(lambda: torch.mm(a, b), device)
     copy_s = _median_seconds(lambda: target.copy_(source), device)
     return Ceilings(bytes_per_s=2 * source.nbytes / copy_s, flops_per_s=2 * size**3 / product_s)

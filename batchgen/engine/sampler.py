@@ -16,6 +16,8 @@ from batchgen.engine.inputs import SlotState, to_device
 from batchgen.engine.ops import SamplingOps
 from batchgen.engine.step_plan import NewSequences
 
+NAN_TOKEN = -2
+
 
 class Sampler:
     """Owns the token counts that penalties need (allocated only when the job has penalties)."""
@@ -60,11 +62,13 @@ class Sampler:
         """Samples a token for each active row, updates its state, and ends it where it must end.
 
         `kv_lens_B` counts the tokens with KV, so the sampled token stands at that position.
-        `logits_BV` may be changed. Returns int32 tokens_B, -1 for rows that are not active.
+        `logits_BV` may be changed. Returns int32 tokens_B, -1 for inactive rows and
+        NAN_TOKEN where logits are NaN.
         """
         options = self.options
         active_B = state.active_R[rows_B]
         num_generated_B = kv_lens_B - state.prompt_lens_R[rows_B]
+        is_nan_B = logits_BV[:, 0].isnan()  # one NaN in a hidden state makes all of its logits so
         if self._counts_RV is not None and self._in_prompt_RV is not None:
             self._ops.apply_penalties(
                 logits_BV,
@@ -100,6 +104,7 @@ class Sampler:
         state.kv_lens_R[rows_B] = kv_lens_B
         state.last_tokens_R[rows_B] = torch.where(active_B, tokens_B, 0)
         state.active_R[rows_B] = active_B & ~(is_eos_B | is_stop_B | is_full_B)
+        tokens_B = torch.where(is_nan_B, NAN_TOKEN, tokens_B)
         return torch.where(active_B, tokens_B, -1).to(torch.int32)
 
 

@@ -48,6 +48,8 @@ def job_fingerprint(
         "output": {
             **spec.output.model_dump(mode="json", include={"format", "columns", "n_layout"}),
             "schema": output_schema,
+            # A ledger inside the output belongs to it; one elsewhere must say whose it is.
+            **({"uri": spec.output.uri} if spec.checkpoint.uri is not None else {}),
         },
     }
 

@@ -86,7 +86,8 @@ class PromptSpec(Section):
     )
     max_prompt_tokens: PositiveInt | None = Field(
         default=None,
-        description="The longest prompt; null is what the model's length leaves beside max_tokens.",
+        description="The longest prompt, in tokens; null is the model's length, less one token "
+        "(or sampling.min_tokens) for the output.",
     )
     overflow: Literal["dead_letter", "truncate_start", "truncate_end", "fail"] = Field(
         default="dead_letter", description="What becomes of a prompt that is too long."
@@ -103,6 +104,9 @@ class PromptSpec(Section):
         if len(given) != 1:
             wanted = ", ".join(PROMPT_SOURCES)
             raise ValueError(f"set exactly one of {wanted} (got {' and '.join(given) or 'none'})")
+        is_raw = given[0] in ("template", "prompt_column")
+        if is_raw and (self.chat_template is not None or self.chat_template_kwargs):
+            raise ValueError(f"chat_template and chat_template_kwargs do nothing with {given[0]}")
         return self
 
 

@@ -118,6 +118,11 @@ class Ledger:
         """How the rows of committed units, and those flushed as partials, ended."""
         return self._counts
 
+    @property
+    def job_id(self) -> str:
+        """Names the job by the content of its job.json."""
+        return self._job.job_id
+
     def load_partials(self) -> dict[int, list[RowResult]]:
         """The finished rows of uncommitted units by unit, each row once, in row order.
 

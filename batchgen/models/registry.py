@@ -63,10 +63,12 @@ def resolve_model(spec: ModelSpec) -> ModelFiles:
     Raises `ModelError` that says what was looked for and where.
     """
     name = spec.name_or_path
-    if name.startswith(_PKG):
-        return _local(name, _package_resource(name))
-    path = Path(name).expanduser()
+    path = _package_resource(name) if name.startswith(_PKG) else Path(name).expanduser()
     if path.exists() or path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        if spec.revision is not None:
+            raise ModelError(
+                f"model.revision is {spec.revision}, but {name} is not on the hub; take it out"
+            )
         return _local(name, path)
     folder = _download(name, spec.revision)
     return _folder(name, folder, {"revision": folder.name})

@@ -49,8 +49,9 @@ class PromptBuilder:
         self._sampling = sampling
         self._overflow = spec.overflow
         self._max_model_len = max_model_len
-        # One token at least must have room for the output.
-        self._max_prompt_tokens = min(spec.max_prompt_tokens or max_model_len, max_model_len - 1)
+        # The shortest output that the job allows must have room.
+        most = max_model_len - max(1, sampling.min_tokens)
+        self._max_prompt_tokens = min(spec.max_prompt_tokens or most, most)
         # A prompt that is cut anyway is cut so far that the output is not, if that is possible.
         room = max_model_len - min(sampling.max_tokens, max_model_len // 2)
         self._truncated_tokens = min(self._max_prompt_tokens, room)

@@ -241,6 +241,22 @@ def test_another_job_in_the_same_folder_is_refused_with_the_difference(
     os.utime(data, ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
+def test_a_ledger_elsewhere_does_not_let_two_jobs_share_an_output(
+    tmp_path: Path, data: Path, tiny_model: Path
+) -> None:
+    shared = {"uri": str(tmp_path / "shared"), "columns": {"keep": ["id"]}}
+    first = write_job(
+        tmp_path, tiny_model, output=shared, checkpoint={"uri": str(tmp_path / "ledger-1")}
+    )
+    assert batchgen("run", first).returncode == 0
+    before = read_output(tmp_path / "shared")
+    other = ("-o", "sampling.seed=8", "-o", f"checkpoint.uri={tmp_path / 'ledger-2'}")
+    assert "not empty" in refused("run", first, *other, code=2)
+    elsewhere = ("-o", f"output.uri={tmp_path / 'other'}")
+    assert "output.uri" in refused("run", first, *elsewhere, code=5)
+    assert read_output(tmp_path / "shared") == before
+
+
 def test_how_to_run_and_how_to_checkpoint_may_change(finished_job: Path) -> None:
     options = ["-o", "engine.max_num_seqs=2", "-o", "checkpoint.flush_interval=5s"]
     assert batchgen("run", finished_job, *options).returncode == 0

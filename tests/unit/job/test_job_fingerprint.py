@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from batchgen.errors import JobFileError
 from batchgen.job.fingerprint import fingerprint_difference, job_fingerprint
 from batchgen.records import InputFile
 
@@ -32,7 +33,10 @@ def fingerprint(spec, files=FILES, model=MODEL, schema="AAAA"):
         ("sampling.seed=1", "sampling.seed: 0 -> 1"),
         ("sampling.stop=[x]", "sampling.stop.0: added 'x'"),
         ("prompt.template=other", "prompt.template: 'English: {{ text }}' -> 'other'"),
-        ("prompt.chat_template_kwargs.a=1", "prompt.chat_template_kwargs.a: added 1"),
+        (
+            "prompt.special_tokens_in_data=allow",
+            "prompt.special_tokens_in_data: 'neutralize' -> 'allow'",
+        ),
         ("prompt.overflow=truncate_end", "prompt.overflow: 'dead_letter' -> 'truncate_end'"),
         ("model.dtype=float32", "model.dtype: 'auto' -> 'float32'"),
         ("model.max_model_len=64", "model.max_model_len: None -> 64"),
@@ -100,3 +104,19 @@ def test_long_texts_differ_visibly(load_text, minimal):
 def test_no_secret_is_in_it(load_text, minimal):
     spec = load_text(minimal, ["input.storage_options.secret=hunter2"])
     assert "hunter2" not in json.dumps(fingerprint(spec))
+
+
+def test_a_chat_template_that_would_do_nothing_is_refused(load_text, minimal):
+    for override in ("prompt.chat_template=x", "prompt.chat_template_kwargs.a=1"):
+        with pytest.raises(JobFileError, match="do nothing with template"):
+            load_text(minimal, [override])
+
+
+def test_a_ledger_outside_the_output_names_its_output(load_text, minimal):
+    inside = [fingerprint(load_text(minimal, [f"output.uri={u}"])) for u in ("a", "b")]
+    assert fingerprint_difference(*inside) == []
+    outside = [
+        fingerprint(load_text(minimal, [f"output.uri={u}", "checkpoint.uri=ck"]))
+        for u in ("a", "b")
+    ]
+    assert fingerprint_difference(*outside) == ["output.uri: 'a' -> 'b'"]

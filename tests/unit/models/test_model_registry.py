@@ -201,3 +201,8 @@ def test_a_lone_config_is_read_for_benchmarks(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         read_config(folder / "config.json")
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.revision is main"):
+        resolve_model(ModelSpec(name_or_path=str(folder), revision="main"))
