@@ -12,7 +12,6 @@ packing a GQA group into the rows of a tile.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,17 +20,8 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_DTYPE_FP8 = torch.float8_e4m3fn
 _INTERPRETER_PROCESSORS = 4  # stands for a GPU's multiprocessors where there is none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TileShape:
-    """Launch parameters: query rows and KV tokens of a tile, warps, pipeline stages."""
-
-    block_m: int
-    block_l: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit
@@ -61,6 +51,9 @@ def attend(
     of BLOCK_L and every row sees all. Each row must see a token in the first tile it ever meets,
     or its maximum stays -inf and exp2 gives NaN.
     """
+    if k_ptr.dtype.element_ty == tl.float8e4nv and q_MH.dtype == tl.bfloat16:
+        # fp8 is exact in fp16, one instruction for two values; to bf16 it goes by way of fp32.
+        q_MH = q_MH.to(tl.float16)
     offsets_L = tl.arange(0, BLOCK_L)
     offsets_H = tl.arange(0, HEAD_PADDED)
     # A tile's block ids are loaded one iteration ahead: otherwise each K load waits for its id.
@@ -84,6 +77,9 @@ def attend(
         else:
             k_LH = tl.load(k_ptr + kv_LH)
             v_LH = tl.load(v_ptr + kv_LH)
+        # A cache of another dtype (fp8) widens after the load; else these are no operations.
+        k_LH = k_LH.to(q_MH.dtype)
+        v_LH = v_LH.to(q_MH.dtype)
         scores_ML = tl.dot(q_MH, tl.trans(k_LH), input_precision="ieee")
         if MASKED:
             visible_ML = positions_L[None, :] <= last_M[:, None]
@@ -162,10 +158,14 @@ def find_row(cu_ptr, tile, num_rows, TILE: tl.constexpr):
 
 
 def check_query(q_TNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor) -> None:
-    """Assert what every kernel here takes for granted of queries and caches."""
+    """Assert what every kernel here takes for granted of queries and caches.
+
+    The caches hold q's dtype or float8_e4m3fn, whose values stand for themselves (scale 1).
+    """
     _, num_kv_heads, block_size, head_size = k_cache_PKSH.shape
     assert q_TNH.dtype in DTYPES, f"no kernel for {q_TNH.dtype}"
-    assert k_cache_PKSH.dtype == v_cache_PKSH.dtype == q_TNH.dtype, "q, k and v differ in dtype"
+    assert k_cache_PKSH.dtype in (q_TNH.dtype, CACHE_DTYPE_FP8), "the cache's dtype is not q's"
+    assert k_cache_PKSH.dtype == v_cache_PKSH.dtype, "k and v caches differ in dtype"
     assert k_cache_PKSH.shape == v_cache_PKSH.shape, "k and v caches differ in shape"
     assert k_cache_PKSH.stride() == v_cache_PKSH.stride(), "k and v caches differ in strides"
     head_stride = block_size * head_size

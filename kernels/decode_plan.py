@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from batchgen.kernels.attention import check_index, num_processors
+from batchgen.kernels.tuning import tuning_for
 
 TILE = 64  # KV tokens; the unit in which pieces are cut
 _MIN_TILES = 4  # a shorter piece is not worth its partial result
-_SHARES_PER_PROCESSOR = 8  # over all kv heads: about three waves of programs
 _BLOCK = 1024
 
 
@@ -132,7 +132,8 @@ def _plan_pieces_kernel(
 
 def default_shares(num_kv_heads: int, device: torch.device) -> int:
     """How many shares fill the device when every share is one program a kv head."""
-    return -(-_SHARES_PER_PROCESSOR * num_processors(device) // num_kv_heads)
+    shares = tuning_for(device).decode_shares_per_processor * num_processors(device)
+    return -(-shares // num_kv_heads)
 
 
 def plan_decode(

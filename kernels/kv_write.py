@@ -4,6 +4,8 @@ QK-norm where the model has it, rotary embedding of queries and keys, and the wr
 values to their slots of the paged cache. With c, s the cosine and sine of a position's H/2 angles
 and (a, b) the halves of a head: (a, b) -> (a c - b s, b c + a s) (RoPE as GPT-NeoX pairs it).
 
+A cache in fp8 gets keys and values as they are (scale 1), saturated at +-448.
+
 T tokens, N query heads, K kv heads, H head size, P blocks, S block size, M positions,
 C = (N + 2K) * H. Source: RoFormer (arXiv 2104.09864).
 """
@@ -15,8 +17,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchgen.kernels.fp8 import FP8, FP8_MAX
+
 _MAX_HEADS_PER_PROGRAM = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FP8_MAX = tl.constexpr(FP8_MAX)
+
+
+@triton.jit
+def _to_cache(x, cache_ptr):
+    """x in the cache's dtype. NaN stays NaN, so that a fault shows."""
+    dtype = cache_ptr.dtype.element_ty
+    if dtype == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -_FP8_MAX, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
+def _norm_and_rotate(
+    x1, x2, norm_ptr, cos, sin, columns, in_half, eps, H: tl.constexpr, QK_NORM: tl.constexpr
+):
+    """Both halves of some heads, normed where the model does that, and rotated."""
+    dtype = x1.dtype
+    a = x1.to(tl.float32)
+    b = x2.to(tl.float32)
+    if QK_NORM:
+        mean_square = tl.sum(a * a + b * b, axis=1, keep_dims=True) / H
+        scale = tl.rsqrt(mean_square + eps)
+        weight1 = tl.load(norm_ptr + columns, mask=in_half, other=0.0).to(tl.float32)
+        weight2 = tl.load(norm_ptr + H // 2 + columns, mask=in_half, other=0.0).to(tl.float32)
+        # Rounded twice, like the norm of a whole row: see rms_norm.py.
+        normed1 = (a * scale).to(dtype).to(tl.float32)
+        normed2 = (b * scale).to(dtype).to(tl.float32)
+        a = (normed1 * weight1).to(dtype).to(tl.float32)
+        b = (normed2 * weight2).to(dtype).to(tl.float32)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
 @triton.jit
@@ -38,57 +73,50 @@ def _kv_write_kernel(
     H: tl.constexpr,
     S: tl.constexpr,
     QK_NORM: tl.constexpr,
-    HEADS: tl.constexpr,
+    Q_PARTS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_PADDED: tl.constexpr,
     HALF_PADDED: tl.constexpr,
 ):
+    # A program has some query heads of a token, or all of its key and value heads.
     HALF: tl.constexpr = H // 2
     token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    part = tl.program_id(1)
+    # The loads that others wait for come first.
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token)
     columns = tl.arange(0, HALF_PADDED)[None, :]
     in_half = columns < HALF
-    mask = (heads < N + 2 * K) & in_half
-    is_q = heads < N
-
-    x_ptrs = qkv_ptr + token * stride_qkv + heads * H + columns
-    x1 = tl.load(x_ptrs, mask=mask, other=0.0)
-    x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0)
-    dtype = x1.dtype
-    a = x1.to(tl.float32)
-    b = x2.to(tl.float32)
-    if QK_NORM:
-        mean_square = tl.sum(a * a + b * b, axis=1, keep_dims=True) / H
-        scale = tl.rsqrt(mean_square + eps)
-        q_weight1 = tl.load(q_norm_ptr + columns, mask=in_half, other=0.0).to(tl.float32)
-        q_weight2 = tl.load(q_norm_ptr + HALF + columns, mask=in_half, other=0.0).to(tl.float32)
-        k_weight1 = tl.load(k_norm_ptr + columns, mask=in_half, other=0.0).to(tl.float32)
-        k_weight2 = tl.load(k_norm_ptr + HALF + columns, mask=in_half, other=0.0).to(tl.float32)
-        # Rounded twice, like the norm of a whole row: see rms_norm.py.
-        normed1 = (a * scale).to(dtype).to(tl.float32)
-        normed2 = (b * scale).to(dtype).to(tl.float32)
-        a = (normed1 * tl.where(is_q, q_weight1, k_weight1)).to(dtype).to(tl.float32)
-        b = (normed2 * tl.where(is_q, q_weight2, k_weight2)).to(dtype).to(tl.float32)
-    position = tl.load(positions_ptr + token).to(tl.int64)
     cos_ptrs = cos_sin_ptr + position * H + columns
-    cos = tl.load(cos_ptrs, mask=in_half, other=0.0)
-    sin = tl.load(cos_ptrs + HALF, mask=in_half, other=0.0)
-    y1 = (a * cos - b * sin).to(dtype)
-    y2 = (b * cos + a * sin).to(dtype)
-
-    q_ptrs = q_ptr + token * (N * H) + heads * H + columns
-    tl.store(q_ptrs, y1, mask=mask & is_q)
-    tl.store(q_ptrs + HALF, y2, mask=mask & is_q)
-
-    slot = tl.load(slot_mapping_ptr + token)
-    if slot >= 0:
-        slot_offset = (slot // S) * stride_block + (slot % S) * H
-        k_ptrs = k_cache_ptr + slot_offset + (heads - N) * (S * H) + columns
-        k_mask = mask & (heads >= N) & (heads < N + K)
-        tl.store(k_ptrs, y1, mask=k_mask)
-        tl.store(k_ptrs + HALF, y2, mask=k_mask)
-        v_ptrs = v_cache_ptr + slot_offset + (heads - N - K) * (S * H) + columns
-        v_mask = mask & (heads >= N + K)
-        tl.store(v_ptrs, x1, mask=v_mask)
-        tl.store(v_ptrs + HALF, x2, mask=v_mask)
+    qkv_ptr += token * stride_qkv
+    if part < Q_PARTS:
+        heads = part * Q_HEADS + tl.arange(0, Q_HEADS)[:, None]
+        mask = (heads < N) & in_half
+        x_ptrs = qkv_ptr + heads * H + columns
+        x1 = tl.load(x_ptrs, mask=mask, other=0.0)
+        x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0)
+        cos = tl.load(cos_ptrs, mask=in_half, other=0.0)
+        sin = tl.load(cos_ptrs + HALF, mask=in_half, other=0.0)
+        y1, y2 = _norm_and_rotate(x1, x2, q_norm_ptr, cos, sin, columns, in_half, eps, H, QK_NORM)
+        y_ptrs = q_ptr + token * (N * H) + heads * H + columns
+        tl.store(y_ptrs, y1, mask=mask)
+        tl.store(y_ptrs + HALF, y2, mask=mask)
+    elif slot >= 0:
+        heads = tl.arange(0, K_PADDED)[:, None]
+        mask = (heads < K) & in_half
+        k_ptrs = qkv_ptr + (N + heads) * H + columns
+        k1 = tl.load(k_ptrs, mask=mask, other=0.0)
+        k2 = tl.load(k_ptrs + HALF, mask=mask, other=0.0)
+        v1 = tl.load(k_ptrs + K * H, mask=mask, other=0.0)
+        v2 = tl.load(k_ptrs + K * H + HALF, mask=mask, other=0.0)
+        cos = tl.load(cos_ptrs, mask=in_half, other=0.0)
+        sin = tl.load(cos_ptrs + HALF, mask=in_half, other=0.0)
+        y1, y2 = _norm_and_rotate(k1, k2, k_norm_ptr, cos, sin, columns, in_half, eps, H, QK_NORM)
+        cache_offsets = (slot // S) * stride_block + (slot % S) * H + heads * (S * H) + columns
+        tl.store(k_cache_ptr + cache_offsets, _to_cache(y1, k_cache_ptr), mask=mask)
+        tl.store(k_cache_ptr + cache_offsets + HALF, _to_cache(y2, k_cache_ptr), mask=mask)
+        tl.store(v_cache_ptr + cache_offsets, _to_cache(v1, v_cache_ptr), mask=mask)
+        tl.store(v_cache_ptr + cache_offsets + HALF, _to_cache(v2, v_cache_ptr), mask=mask)
 
 
 def kv_write(
@@ -110,7 +138,8 @@ def kv_write(
     cos_sin_MH: fp32, contiguous; a row holds the cosines of the H/2 angles, then their sines.
     positions_T: int32 or int64, each in [0, M), those of padding rows too.
     slot_mapping_T: int64, block * S + offset; a negative slot writes no key and no value.
-    k_cache_PKSH, v_cache_PKSH: views of qkv_TC's dtype whose blocks may lie apart; written.
+    k_cache_PKSH, v_cache_PKSH: views of qkv_TC's dtype or float8_e4m3fn whose blocks may lie apart;
+      written.
     q_norm_H, k_norm_H: weights of the RMSNorm over each head, both or neither.
     """
     num_tokens, width = qkv_TC.shape
@@ -138,8 +167,9 @@ def kv_write(
     )
     if num_tokens == 0:
         return q_TNH
-    heads_per_program = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(num_heads))
-    _kv_write_kernel[(num_tokens, triton.cdiv(num_heads, heads_per_program))](
+    q_heads = min(_MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(num_q_heads))
+    q_parts = triton.cdiv(num_q_heads, q_heads)
+    _kv_write_kernel[(num_tokens, q_parts + 1)](
         qkv_TC,
         cos_sin_MH,
         positions_T,
@@ -157,7 +187,9 @@ def kv_write(
         H=head_size,
         S=block_size,
         QK_NORM=q_norm_H is not None,
-        HEADS=heads_per_program,
+        Q_PARTS=q_parts,
+        Q_HEADS=q_heads,
+        K_PADDED=triton.next_power_of_2(num_kv_heads),
         HALF_PADDED=triton.next_power_of_2(head_size // 2),
         num_warps=4 if head_size > 64 else 2,
     )
@@ -168,9 +200,10 @@ def _check_caches(qkv_TC: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor) ->
     block_size, head_size = k_cache_PKSH.shape[2:]
     assert v_cache_PKSH.shape == k_cache_PKSH.shape, "caches differ in shape"
     assert v_cache_PKSH.stride() == k_cache_PKSH.stride(), "caches differ in stride"
+    assert v_cache_PKSH.dtype == k_cache_PKSH.dtype, "caches differ in dtype"
     assert k_cache_PKSH.stride()[1:] == (block_size * head_size, head_size, 1), (
         "a block of a cache must be contiguous"
     )
     for cache in (k_cache_PKSH, v_cache_PKSH):
-        assert cache.dtype == qkv_TC.dtype, "caches and qkv differ in dtype"
+        assert cache.dtype in (qkv_TC.dtype, FP8), f"no cache of {cache.dtype} here"
         assert cache.device == qkv_TC.device, "caches and qkv are on different devices"

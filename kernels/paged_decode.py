@@ -14,6 +14,7 @@ Source: Flash-Decoding (Dao et al., 2023); stream-K for cutting work into equal 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from batchgen.kernels.attention import (
     LOG2_E,
-    TileShape,
     attend,
     check_block_table,
     check_index,
@@ -32,19 +32,17 @@ from batchgen.kernels.attention import (
     merge_partials,
 )
 from batchgen.kernels.decode_plan import TILE, DecodePlan, plan_decode
+from batchgen.kernels.tuning import FP32_DECODE, TileShape, by_head, tuning_for
 
 __all__ = ["DecodePlan", "paged_decode", "plan_decode"]
 
-_MIN_M = 16  # the fewest rows of a tensor-core product
 
-
-def tile_shape(dtype: torch.dtype, head_padded: int, group: int) -> TileShape:
-    """Launch parameters that suit Hopper: 32 KiB of K and V a tile, two in flight a program."""
-    block_m = max(_MIN_M, triton.next_power_of_2(group))
-    if dtype == torch.float32:
-        return TileShape(block_m=block_m, block_l=32, num_warps=4, num_stages=2)
-    block_l = 128 if head_padded <= 64 else 64
-    return TileShape(block_m=block_m, block_l=block_l, num_warps=4, num_stages=3)
+def tile_shape(dtype: torch.dtype, head_padded: int, group: int, device: torch.device) -> TileShape:
+    """Launch parameters; a tile has the heads of a GQA group, and at least what a product takes."""
+    shape = FP32_DECODE
+    if dtype != torch.float32:
+        shape = by_head(tuning_for(device).decode, head_padded)
+    return replace(shape, block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -239,7 +237,7 @@ def paged_decode(
     assert plan.num_rows == num_rows, f"the plan is for {plan.num_rows} rows, not {num_rows}"
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_BNH.dtype, head_padded, group)
+    shape = tile_shape(q_BNH.dtype, head_padded, group, device)
     constants = {
         "NUM_HEADS": num_heads,
         "GROUP": group,

@@ -6,7 +6,8 @@ the cache, so a chunk over a cached prefix is the same call.
 
 A program handles one kv head and a tile of query tokens with all heads of the GQA group, so that
 a group reads its KV once and little of a tile is lost on the diagonal. Only the tiles on the
-diagonal pay for masking.
+diagonal pay for masking. Hopper has a kernel of its own for what it supports
+(paged_prefill_hopper.py); this one serves every other device, dtype and shape.
 
 Legend: T tokens of a step, N query heads, K kv heads, H head size, P blocks, S block size,
 R slots, X blocks of a table row, B sequences.
@@ -19,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchgen.kernels import paged_prefill_hopper
 from batchgen.kernels.attention import (
     LOG2_E,
-    TileShape,
     attend,
     check_block_table,
     check_index,
@@ -29,14 +30,14 @@ from batchgen.kernels.attention import (
     find_row,
     finish,
 )
+from batchgen.kernels.tuning import FP32_PREFILL, TileShape, by_head, tuning_for
 
 
-def tile_shape(dtype: torch.dtype, head_padded: int) -> TileShape:
-    """Launch parameters that suit Hopper, by dtype and padded head size."""
+def tile_shape(dtype: torch.dtype, head_padded: int, device: torch.device) -> TileShape:
+    """Launch parameters, by dtype, padded head size and GPU."""
     if dtype == torch.float32:
-        return TileShape(block_m=32, block_l=32, num_warps=4, num_stages=1)
-    num_warps = 4 if head_padded <= 64 else 8
-    return TileShape(block_m=128, block_l=64, num_warps=num_warps, num_stages=3)
+        return FP32_PREFILL
+    return by_head(tuning_for(device).prefill, head_padded)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -160,12 +161,25 @@ def paged_prefill(
     check_index(seq_lens_B, (num_rows,), q_TNH.device, "seq_lens")
     check_index(cu_seqlens_q_B1, (num_rows + 1,), q_TNH.device, "cu_seqlens_q")
     check_block_table(block_table_RX, q_TNH.device)
+    out_TNH = torch.empty_like(q_TNH)
+    if paged_prefill_hopper.supports(q_TNH, k_cache_PKSH):
+        paged_prefill_hopper.launch(
+            q_TNH,
+            k_cache_PKSH,
+            v_cache_PKSH,
+            block_table_RX,
+            slot_ids_B,
+            cu_seqlens_q_B1,
+            seq_lens_B,
+            out_TNH,
+            scale=scale,
+        )
+        return out_TNH
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_TNH.dtype, head_padded)
+    shape = tile_shape(q_TNH.dtype, head_padded, q_TNH.device)
     assert group <= shape.block_m, f"{group} query heads a kv head do not fit into a tile"
     block_q = shape.block_m // group
-    out_TNH = torch.empty_like(q_TNH)
     _paged_prefill_kernel[(num_kv_heads, num_tokens // block_q + num_rows)](
         q_TNH,
         k_cache_PKSH,

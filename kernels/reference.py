@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchgen.kernels.fp8 import FP8, FP8_MAX, MIN_AMAX, QuantizedRows
+
 # ---- element-wise and sampling ------------------------------------------------------------------
 
 _TILE = 24576  # logits of an operation: stays in cache, and under what torch spreads over threads
@@ -39,6 +41,31 @@ def silu_mul(gate_up_T2I: Tensor) -> Tensor:
     gate, up = gate_up_T2I.chunk(2, dim=-1)
     gate_fp32 = gate.float()
     return (gate_fp32 * torch.sigmoid(gate_fp32)).to(gate.dtype) * up
+
+
+def to_fp8(x: Tensor) -> Tensor:
+    """x in fp8, saturated: torch's cast alone gives NaN above 464 in some versions."""
+    return x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def quantize_rows(x_TD: Tensor) -> QuantizedRows:
+    """Rows in fp8 whose largest magnitude is 448 times their scale."""
+    x_fp32 = x_TD.float()
+    amax_T1 = x_fp32.abs().amax(-1, keepdim=True).clamp(min=MIN_AMAX)
+    return QuantizedRows(
+        values_TD=to_fp8(x_fp32 * (FP8_MAX / amax_T1)), scales_T1=amax_T1 * (1.0 / FP8_MAX)
+    )
+
+
+def scaled_linear(
+    rows: QuantizedRows, weight: QuantizedRows, bias_O: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The linear layer of what two quantized matrices stand for, in fp32; rounded once."""
+    y_TO = rows.values_TD.float() @ weight.values_TD.float().T
+    y_TO *= rows.scales_T1 * weight.scales_T1.T
+    if bias_O is not None:
+        y_TO += bias_O
+    return y_TO.to(dtype)
 
 
 def rotate(x_TNH: Tensor, cos_sin_MH: Tensor, positions_T: Tensor) -> Tensor:
@@ -70,8 +97,11 @@ def kv_write(
     has_slot = slot_mapping_T >= 0
     slots = slot_mapping_T[has_slot]
     blocks, offsets = slots // block_size, slots % block_size
-    k_cache_PKSH[blocks, :, offsets] = rotate(k, cos_sin_MH, positions_T)[has_slot]
-    v_cache_PKSH[blocks, :, offsets] = v[has_slot]
+    k, v = rotate(k, cos_sin_MH, positions_T)[has_slot], v[has_slot]
+    if k_cache_PKSH.dtype == FP8:
+        k, v = to_fp8(k), to_fp8(v)
+    k_cache_PKSH[blocks, :, offsets] = k
+    v_cache_PKSH[blocks, :, offsets] = v
     return rotate(q, cos_sin_MH, positions_T)
 
 
@@ -355,3 +385,73 @@ def merge_attention(
     weight_2BN = torch.softmax(lse_2BN.masked_fill(is_empty_2BN, -1e300), dim=0)
     weight_2BN = weight_2BN.masked_fill(is_empty_2BN, 0.0)
     return (out_2BNH.masked_fill(is_empty_2BN[..., None], 0.0) * weight_2BN[..., None]).sum(0)
+
+
+# ---- the slot table -----------------------------------------------------------------------------
+
+NAN_TOKEN = -2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotInputs:
+    """What a decode step needs to know of its slots. An inactive one has seq_len 0 and slot -1."""
+
+    token_ids_B: Tensor  # int64, the newest, whose KV this step computes
+    row_ids_B: Tensor  # int32
+    positions_B: Tensor  # int32
+    slot_mapping_B: Tensor  # int64, block * block_size + offset
+    seq_lens_B: Tensor  # int32, the token of this step counted
+    kv_starts_B: Tensor | None  # int32, tokens of a prefix that is read apart
+
+
+def read_slots(
+    rows_B: Tensor,
+    block_table_RX: Tensor,
+    kv_lens_R: Tensor,
+    active_R: Tensor,
+    last_tokens_R: Tensor,
+    prefix_len_1: Tensor | None,
+    *,
+    block_size: int,
+) -> SlotInputs:
+    """See slots.read_slots."""
+    active_B = active_R[rows_B]
+    positions_B = kv_lens_R[rows_B]
+    # A finished row may stand one past its last block; its slot is masked.
+    columns_B = (positions_B // block_size).clamp(max=block_table_RX.shape[1] - 1).long()
+    slots_B = block_table_RX[rows_B, columns_B].long() * block_size + positions_B % block_size
+    return SlotInputs(
+        token_ids_B=last_tokens_R[rows_B],
+        row_ids_B=rows_B.to(torch.int32),
+        positions_B=positions_B,
+        slot_mapping_B=torch.where(active_B, slots_B, -1),
+        seq_lens_B=torch.where(active_B, positions_B + 1, 0),
+        kv_starts_B=None if prefix_len_1 is None else torch.where(active_B, prefix_len_1, 0),
+    )
+
+
+def advance_slots(
+    rows_B: Tensor,
+    seq_lens_B: Tensor,
+    sampled_B: Tensor,
+    logits_BV: Tensor,
+    eos_E: Tensor,
+    stops_E: Tensor,
+    *,
+    kv_lens_R: Tensor,
+    last_tokens_R: Tensor,
+    active_R: Tensor,
+    stop_lens_R: Tensor,
+    ignore_eos_R: Tensor,
+) -> Tensor:
+    """See slots.advance_slots."""
+    active_B = active_R[rows_B]
+    ends_B = seq_lens_B + 1 >= stop_lens_R[rows_B]
+    ends_B |= (sampled_B[:, None] == eos_E).any(dim=1) & ~ignore_eos_R[rows_B]
+    ends_B |= (sampled_B[:, None] == stops_E).any(dim=1)
+    moved_B = rows_B[active_B]
+    kv_lens_R[moved_B] = seq_lens_B[active_B]
+    last_tokens_R[moved_B] = sampled_B[active_B]
+    active_R[moved_B] = ~ends_B[active_B]
+    tokens_B = torch.where(logits_BV[:, 0].isnan(), NAN_TOKEN, sampled_B)
+    return torch.where(active_B, tokens_B, -1).to(torch.int32)

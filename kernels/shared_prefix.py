@@ -25,7 +25,6 @@ from torch import Tensor
 
 from batchgen.kernels.attention import (
     LOG2_E,
-    TileShape,
     attend,
     check_block_table,
     check_index,
@@ -35,19 +34,20 @@ from batchgen.kernels.attention import (
     merge_partials,
     num_processors,
 )
+from batchgen.kernels.tuning import FP32_PREFILL, TileShape, by_head, tuning_for
 
 _MAX_SPLITS = 16
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def tile_shape(dtype: torch.dtype, head_padded: int, rows_per_group: int) -> TileShape:
-    """Launch parameters that suit Hopper; small groups take half a tile of rows."""
+def tile_shape(
+    dtype: torch.dtype, head_padded: int, rows_per_group: int, device: torch.device
+) -> TileShape:
+    """Launch parameters; small groups take half a tile of rows."""
     if dtype == torch.float32:
-        return TileShape(block_m=32, block_l=32, num_warps=4, num_stages=1)
-    if rows_per_group <= 64:
-        return TileShape(block_m=64, block_l=64, num_warps=4, num_stages=3)
-    num_warps = 4 if head_padded <= 64 else 8
-    return TileShape(block_m=128, block_l=64, num_warps=num_warps, num_stages=3)
+        return FP32_PREFILL
+    tuning = tuning_for(device)
+    return tuning.small_prefix if rows_per_group <= 64 else by_head(tuning.prefix, head_padded)
 
 
 @triton.jit(do_not_specialize=["num_groups"])
@@ -233,7 +233,8 @@ def shared_prefix(
     check_block_table(prefix_block_table_GX, device)
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_BNH.dtype, head_padded, group * triton.cdiv(num_members, num_groups))
+    rows_per_group = group * triton.cdiv(num_members, num_groups)
+    shape = tile_shape(q_BNH.dtype, head_padded, rows_per_group, device)
     assert group <= shape.block_m, f"{group} query heads a kv head do not fit into a tile"
     block_u = shape.block_m // group
     num_tiles = num_members // block_u + num_groups

@@ -10,6 +10,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from batchgen.kernels import cases, reference
 from batchgen.kernels.cases import HEAD_SHAPES, ROUNDINGS, HeadShape, random_tensor
+from batchgen.kernels.fp8 import FP8
 from batchgen.kernels.kv_write import kv_write
 
 DTYPES = cases.dtypes_for("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +112,74 @@ def test_kv_write(shape: HeadShape, dtype: torch.dtype, with_norm: bool, device:
     torch.testing.assert_close(pools[1], pools[0], equal_nan=True, **close)
     written = 7 * 2 * shape.num_kv_heads * size
     assert int((~pools[1].isnan()).sum()) == written
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+def test_fp8_cache(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
+    """What a cache of the queries' dtype would get, cast by torch and saturated."""
+    size = shape.head_size
+    num_heads = shape.num_heads + 2 * shape.num_kv_heads
+    qkv_TC = random_tensor(9, num_heads * size, dtype=dtype, device=device, scale=2.0)
+    qkv_TC[3:5] *= 400.0  # some above 448
+    pools, queries = {}, {}
+    for cache_dtype in (dtype, FP8):
+        pool = cases.nan_kv_pool(
+            shape, num_blocks=NUM_BLOCKS, num_layers=NUM_LAYERS, dtype=cache_dtype, device=device
+        )
+        queries[cache_dtype] = kv_write(
+            qkv_TC,
+            cases.cos_sin_table(NUM_POSITIONS, size, device),
+            torch.tensor(POSITIONS, dtype=torch.int32, device=device),
+            slots(shape.block_size, device),
+            pool[:, LAYER, 0],
+            pool[:, LAYER, 1],
+            num_q_heads=shape.num_heads,
+        )
+        pools[cache_dtype] = pool.float()
+    assert torch.equal(queries[dtype], queries[FP8])
+    written = ~pools[dtype].isnan()
+    assert torch.equal(written, ~pools[FP8].isnan())
+    expected = pools[dtype][written].clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(pools[FP8][written], expected)
+    assert int((expected.abs() == 448).sum()) > 10
+
+
+def test_reference_of_an_fp8_cache(device: str) -> None:
+    shape = HEAD_SHAPES[0]
+    qkv_TC = random_tensor(9, 6 * 64, dtype=torch.float32, device=device, scale=300.0)
+    pools = {}
+    for dtype in (torch.float32, FP8):
+        pool = cases.nan_kv_pool(
+            shape, num_blocks=NUM_BLOCKS, num_layers=1, dtype=dtype, device=device
+        )
+        reference.kv_write(
+            qkv_TC,
+            cases.cos_sin_table(NUM_POSITIONS, 64, device),
+            torch.tensor(POSITIONS, device=device),
+            slots(shape.block_size, device),
+            pool[:, 0, 0],
+            pool[:, 0, 1],
+            num_q_heads=2,
+        )
+        pools[dtype] = pool.float()
+    expected = pools[torch.float32].clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert torch.equal(pools[FP8].nan_to_num(7), expected.nan_to_num(7))
+
+
+def test_fp8_cache_keeps_nan(device: str) -> None:
+    shape = HEAD_SHAPES[0]
+    pool = torch.zeros(1, 2, 2, 16, 64, device=device).to(FP8)
+    kv_write(
+        torch.full((1, 6 * 64), torch.nan, device=device),
+        cases.cos_sin_table(1, 64, device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+        pool[:, 0],
+        pool[:, 1],
+        num_q_heads=shape.num_heads,
+    )
+    assert int(pool.float().isnan().sum()) == 2 * 2 * 64
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from torch.nn import functional
 from batchgen.kernels import cases, reference
 from batchgen.kernels.cases import HEAD_SHAPES, TOLERANCES, HeadShape, PagedKV
 from batchgen.kernels.decode_plan import TILE, plan_decode
+from batchgen.kernels.fp8 import FP8
 from batchgen.kernels.paged_decode import paged_decode
 
 DTYPES = cases.dtypes_for("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,6 +89,16 @@ def test_reference_is_torchs_attention(shape: HeadShape, device: str) -> None:
 def test_decode(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
     lengths = ragged(shape)
     kv = cases.paged_kv(shape, lengths, dtype, device)
+    q_BNH = cases.random_query(shape, len(lengths), dtype, device)
+    assert_decodes(kv, q_BNH, num_shares=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+def test_decode_of_an_fp8_cache(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
+    """The cache's values are exact in every dtype of queries: the bounds are those of dtype."""
+    lengths = ragged(shape)
+    kv = cases.paged_kv(shape, lengths, FP8, device)
     q_BNH = cases.random_query(shape, len(lengths), dtype, device)
     assert_decodes(kv, q_BNH, num_shares=3)
 

@@ -79,6 +79,64 @@ def test_prefill(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cache_in_fp8(dtype: torch.dtype, device: str) -> None:
+    """The cache's values widen to q's dtype; its scale is 1."""
+    shape = HEAD_SHAPES[1]
+    query_lens, seq_lens = ragged(shape)
+    kv = cases.paged_kv(shape, seq_lens, dtype, device)
+    args = (
+        cases.random_query(shape, sum(query_lens), dtype, device),
+        kv.k_cache_PKSH.to(torch.float8_e4m3fn),
+        kv.v_cache_PKSH.to(torch.float8_e4m3fn),
+        kv.block_table_RX,
+        kv.slot_ids_B,
+        cumulative(query_lens, device),
+        kv.seq_lens_B,
+    )
+    out_TNH = paged_prefill(*args, scale=shape.head_size**-0.5)
+    expected_TNH = reference.paged_prefill(*args, scale=shape.head_size**-0.5)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        out_TNH.double(), expected_TNH, rtol=tolerance.rtol, atol=tolerance.atol
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        HeadShape(num_heads=16, num_kv_heads=8, head_size=128, block_size=16),
+        HeadShape(num_heads=32, num_kv_heads=8, head_size=128, block_size=8),
+        HeadShape(num_heads=12, num_kv_heads=12, head_size=64, block_size=64),
+        HeadShape(num_heads=16, num_kv_heads=1, head_size=64, block_size=32),
+    ],
+    ids=str,
+)
+def test_more_work_than_programs(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
+    """Programs that stay on the device go through several items each, long and short ones."""
+    query_lens = [1, 700, 65, 0, 1025, 128, 33, 250, 64, 17]
+    seq_lens = [900, 700, 130, 40, 1025, 1152, 500, 251, 64, 1000]
+    num_tokens = sum(query_lens)
+    kv = cases.paged_kv(shape, seq_lens, dtype, device)
+    args = (
+        cases.random_query(shape, num_tokens, dtype, device),
+        kv.k_cache_PKSH,
+        kv.v_cache_PKSH,
+        kv.block_table_RX,
+        kv.slot_ids_B,
+        cumulative(query_lens, device),
+        kv.seq_lens_B,
+    )
+    out_TNH = paged_prefill(*args, scale=shape.head_size**-0.5)
+    expected_TNH = reference.paged_prefill(*args, scale=shape.head_size**-0.5)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        out_TNH.double(), expected_TNH, rtol=tolerance.rtol, atol=tolerance.atol
+    )
+
+
 def test_one_prompt_that_fills_its_tiles(device: str) -> None:
     """No padding anywhere: the grid's bound is met exactly."""
     shape = HeadShape(num_heads=4, num_kv_heads=1, head_size=64, block_size=16)
@@ -98,12 +156,13 @@ def test_one_prompt_that_fills_its_tiles(device: str) -> None:
     torch.testing.assert_close(out_TNH, expected_TNH, rtol=2e-3, atol=2e-3)
 
 
-def test_more_sequences_than_one_lookup(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_more_sequences_than_one_lookup(dtype: torch.dtype, device: str) -> None:
     """The tile lookup counts rows 128 at a time."""
     shape = HeadShape(num_heads=1, num_kv_heads=1, head_size=64, block_size=8)
     lengths = [1 + row % 3 for row in range(140)]
-    kv = cases.paged_kv(shape, lengths, torch.float32, device)
-    q_TNH = cases.random_query(shape, sum(lengths), torch.float32, device)
+    kv = cases.paged_kv(shape, lengths, dtype, device)
+    q_TNH = cases.random_query(shape, sum(lengths), dtype, device)
     args = (
         q_TNH,
         kv.k_cache_PKSH,
@@ -115,4 +174,5 @@ def test_more_sequences_than_one_lookup(device: str) -> None:
     )
     out_TNH = paged_prefill(*args, scale=0.125).double()
     expected_TNH = reference.paged_prefill(*args, scale=0.125)
-    torch.testing.assert_close(out_TNH, expected_TNH, rtol=1e-5, atol=1e-5)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out_TNH, expected_TNH, rtol=tolerance.rtol, atol=tolerance.atol)

@@ -54,11 +54,19 @@ def test_reference_is_torchs_attention(device: str) -> None:
         torch.testing.assert_close(out_BNH[row], expected_N1H[:, 0])
 
 
-def assert_prefix(shape: HeadShape, dtype: torch.dtype, num_splits: int, device: str) -> None:
+def assert_prefix(
+    shape: HeadShape,
+    dtype: torch.dtype,
+    num_splits: int,
+    device: str,
+    cache_dtype: torch.dtype | None = None,
+) -> None:
     kv = cases.paged_kv(shape, PREFIX_LENS, dtype, device)
     q_BNH = cases.random_query(shape, NUM_ROWS, dtype, device)
-    member_ids_U, cu_members_G1 = members(device)
-    args = (q_BNH, *prefixes(kv), member_ids_U, cu_members_G1)
+    k_cache_PKSH, v_cache_PKSH, *prefix = prefixes(kv)
+    if cache_dtype is not None:
+        k_cache_PKSH, v_cache_PKSH = k_cache_PKSH.to(cache_dtype), v_cache_PKSH.to(cache_dtype)
+    args = (q_BNH, k_cache_PKSH, v_cache_PKSH, *prefix, *members(device))
     out_BNH, lse_BN = shared_prefix(*args, scale=0.1, num_splits=num_splits)
     expected_BNH, expected_lse_BN = reference.shared_prefix(*args, scale=0.1)
     tolerance = TOLERANCES[dtype]
@@ -78,6 +86,11 @@ def test_shared_prefix(shape: HeadShape, dtype: torch.dtype, device: str) -> Non
 def test_shared_prefix_in_splits(shape: HeadShape, device: str) -> None:
     """Some splits of a short prefix are empty."""
     assert_prefix(shape, torch.float16, 4, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shared_prefix_in_fp8(dtype: torch.dtype, device: str) -> None:
+    assert_prefix(HEAD_SHAPES[1], dtype, 1, device, torch.float8_e4m3fn)
 
 
 def test_prefix_and_own_tokens_make_the_whole(device: str) -> None:
