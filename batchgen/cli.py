@@ -22,7 +22,7 @@ from batchgen import __version__
 from batchgen.errors import BatchgenError, Interrupted, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from batchgen.job.spec import EngineSpec, JobSpec
+    from batchgen.job.spec import JobSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -248,7 +248,11 @@ def init(path: Path) -> None:
     show_default=True,
 )
 @click.option(
-    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="A key of engine (repeatable)."
+    "-o",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A key of engine, or model.KEY, such as model.quantization=fp8 (repeatable).",
 )
 def bench(
     requests: Path,
@@ -266,47 +270,58 @@ def bench(
         raise UsageError("--model-config has no weights: add --load-format dummy, or give --model")
     from batchgen.engine.bench import run_bench
     from batchgen.engine.from_job import engine_options, sampling_options
-    from batchgen.job.spec import ModelSpec, SamplingSpec
     from batchgen.models.registry import load_config, read_config, resolve_model
 
-    spec = ModelSpec(name_or_path=model or "config", dtype=dtype)
+    options = [f"device={device}", f"model.dtype={dtype}", *overrides]
+    spec = _bench_spec(model or "config", options)
     files = None
     if model is not None:
-        files = resolve_model(spec)
+        files = resolve_model(spec.model)
         config = load_config(files)
     elif model_config is not None:
         config = read_config(model_config)
     else:
         raise UsageError("bench needs --model or --model-config")
-    options = engine_options(_engine_spec([f"device={device}", *overrides]), spec)
     result = run_bench(
         requests,
         config,
         files,
-        dataclasses.replace(options, load_format=load_format),
-        sampling_options(SamplingSpec(), config),
+        dataclasses.replace(engine_options(spec.engine, spec.model), load_format=load_format),
+        sampling_options(spec.sampling, config),
     )
     click.echo(json.dumps(result))
 
 
-def _engine_spec(overrides: Sequence[str]) -> EngineSpec:
-    """The `engine` section with these `key=value` texts, the values in YAML."""
+def _bench_spec(model: str, overrides: Sequence[str]) -> JobSpec:
+    """A job with these `key=value` texts in its engine and model, the values in YAML."""
     import yaml
     from pydantic import ValidationError
 
-    from batchgen.job.spec import EngineSpec
+    from batchgen.job.problems import Problem, spec_problems
+    from batchgen.job.spec import JobSpec
+    from batchgen.job.unbuilt import unbuilt_problems
 
-    values = {}
+    def told(problems: Sequence[Problem]) -> str:
+        return "\n".join(f"-o {'.'.join(map(str, each.path))}: {each.text}" for each in problems)
+
+    sections: dict[str, dict[str, object]] = {"engine": {}, "model": {"name_or_path": model}}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"-o {text}: should be key=value, such as max_num_seqs=64")
-        values[key.removeprefix("engine.")] = yaml.safe_load(value)
+        section, _, name = key.rpartition(".")
+        if not equals or (section or "engine") not in sections:
+            raise UsageError(
+                f"-o {text}: should be key=value with a key of engine or model, such as "
+                "max_num_seqs=64 or model.quantization=fp8"
+            )
+        sections[section or "engine"][name] = yaml.safe_load(value)
+    unused = {"input": {"uri": "-"}, "prompt": {"template": "-"}, "output": {"uri": "-"}}
     try:
-        return EngineSpec.model_validate(values)
+        spec = JobSpec.model_validate(sections | unused)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UsageError(f"-o {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(told(spec_problems(error, sections))) from None
+    if problems := unbuilt_problems(spec):
+        raise UnsupportedError(told(problems))
+    return spec
 
 
 def _add_not_built(name: str, instead: str) -> None:

@@ -10,7 +10,8 @@ No torch: a block is a number. A block is in exactly one of three states:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class BlockPool:
         self._num_free = num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._is_known = np.zeros(num_blocks, dtype=np.bool_)  # has a hash
         self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     @property
@@ -45,6 +47,7 @@ class BlockPool:
         for _ in range(count - self._num_free):
             block, _ = self._evictable.popitem(last=False)
             del self._block_of[self._hash_of.pop(block)]
+            self._is_known[block] = False
             self._free[self._num_free] = block
             self._num_free += 1
         self._num_free -= count
@@ -57,23 +60,24 @@ class BlockPool:
         blocks = blocks[::-1]
         self.ref_count[blocks] -= 1
         dead = blocks[self.ref_count[blocks] == 0]
-        if self._hash_of:
-            cached = np.fromiter((int(b) in self._hash_of for b in dead), bool, len(dead))
-            for block in dead[cached].tolist():
-                self._evictable[block] = None
-            dead = dead[~cached]
+        is_known = self._is_known[dead]
+        for block in dead[is_known].tolist():
+            self._evictable[block] = None
+        dead = dead[~is_known]
         self._free[self._num_free : self._num_free + len(dead)] = dead
         self._num_free += len(dead)
 
-    def lookup(self, block_hash: bytes) -> int | None:
-        """The block that holds this content, if any. Takes no reference."""
-        return self._block_of.get(block_hash)
+    def lookup(self, hashes: Sequence[bytes]) -> Blocks:
+        """The blocks that hold the longest known prefix of `hashes`. Takes no reference."""
+        block_of = self._block_of
+        found = [block_of[block_hash] for block_hash in takewhile(block_of.__contains__, hashes)]
+        return np.array(found, dtype=np.int32)
 
-    def share(self, block: int) -> None:
-        """Takes one more reference of a block that `lookup` found."""
-        if self.ref_count[block] == 0:
+    def share(self, blocks: Blocks) -> None:
+        """Takes one more reference of each of these distinct blocks, which `lookup` found."""
+        for block in blocks[self.ref_count[blocks] == 0].tolist():
             del self._evictable[block]
-        self.ref_count[block] += 1
+        self.ref_count[blocks] += 1
 
     def register(self, block: int, block_hash: bytes) -> None:
         """Says that `block`, which the caller holds, will have this content for good.
@@ -84,6 +88,7 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+            self._is_known[block] = True
 
     def check_integrity(self, owners: Iterable[Blocks]) -> None:
         """Asserts that counts, free list and cache agree with what the `owners` hold."""
@@ -99,3 +104,4 @@ class BlockPool:
         assert not free & set(self._evictable), "a block is free and evictable"
         assert set(self._evictable) <= set(self._hash_of), "an evictable block has no content"
         assert {h: b for b, h in self._hash_of.items()} == self._block_of, "the cache is torn"
+        assert set(np.flatnonzero(self._is_known).tolist()) == set(self._hash_of), "a wrong mark"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from batchgen.engine.config import DEFAULTS, EngineOptions, SamplingOptions
+from batchgen.engine.config import DEFAULTS, EngineOptions, Quantization, SamplingOptions
 from batchgen.engine.cpu_ops import CpuOps
 from batchgen.engine.engine import Engine
 from batchgen.engine.inputs import SlotState
@@ -22,13 +21,15 @@ from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.stopping import Decode, StopStrings
 from batchgen.engine.swap import SwapSpace
 from batchgen.errors import UsageError
+from batchgen.kernels.fp8 import FP8
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.decoder import Decoder
-from batchgen.models.loader import dummy_weights, load_weights, resolve_dtype, tensor_shapes
+from batchgen.models.loader import dummy_weights, load_weights, resolve_dtype, weight_bytes
 from batchgen.models.registry import ModelFiles
 from batchgen.models.rope import cos_sin_table
 
 _GIB = 1 << 30
+_FP8_CAPABILITY = (8, 9)
 _GRAPH_BYTES = 2 * _GIB  # captured graphs, cuBLAS workspaces, split-KV partial results
 
 
@@ -73,9 +74,11 @@ def build_engine(
     dtype = _resolve_dtype(options, model, device)
     max_model_len = resolve_max_model_len(model, options.max_model_len)
     max_num_seqs = options.max_num_seqs or defaults.max_num_seqs
-    max_tokens = options.max_num_batched_tokens or defaults.max_num_batched_tokens
+    max_tokens = options.max_num_batched_tokens or defaults.batched_tokens(model.hidden_size)
     decode_window = options.decode_window or defaults.decode_window
-    per_block = block_bytes(model, options.block_size, dtype)
+    kv_dtype = FP8 if options.kv_cache_dtype == "fp8" else dtype
+    _check_fp8(options, model, dtype, device)
+    per_block = block_bytes(model, options.block_size, kv_dtype)
     num_blocks = options.num_gpu_blocks
     if num_blocks is None:
         tokens = max_num_seqs * max_model_len
@@ -93,9 +96,14 @@ def build_engine(
             device=device,
         )
         memory = KVMemory(
-            model, num_blocks=num_blocks, block_size=options.block_size, dtype=dtype, device=device
+            model,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            dtype=kv_dtype,
+            device=device,
         )
-        ops = _ops(model, memory, state, cos_sin_table(model, max_model_len, device))
+        cos_sin_MH = cos_sin_table(model, max_model_len, device)
+        ops = _ops(model, memory, state, cos_sin_MH, dtype, options.quantization)
         if options.load_format == "dummy":
             weights = dummy_weights(model, dtype=dtype, device=device)
         else:
@@ -127,7 +135,7 @@ def build_engine(
             decode_window=decode_window,
             use_graphs=options.use_cuda_graphs and device.type == "cuda",
         )
-        runner.warm_up()
+        runner.warm_up(max_tokens)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -150,6 +158,7 @@ def build_engine(
         stop_strings=StopStrings(sampling.stop, decode) if sampling.stop and decode else None,
         min_tokens=sampling.min_tokens,
         lookahead=defaults.lookahead,
+        prefill_lookahead=defaults.prefill_lookahead,
     )
 
 
@@ -162,12 +171,56 @@ def _resolve_dtype(options: EngineOptions, model: ModelConfig, device: torch.dev
     return dtype
 
 
-def _ops(model: ModelConfig, memory: KVMemory, state: SlotState, cos_sin_MH: Tensor) -> EngineOps:
+def _check_fp8(
+    options: EngineOptions, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises UsageError for an fp8 that this device or its matrix products cannot do."""
+    asked = [
+        *(["model.quantization=fp8"] if options.quantization == "fp8" else []),
+        *(["engine.kv_cache_dtype=fp8"] if options.kv_cache_dtype == "fp8" else []),
+    ]
+    if device.type == "cpu" or not asked:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        raise UsageError(
+            f"{' and '.join(asked)}: {torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, and fp8 needs 8.9 or above; leave it out here"
+        )
+    if options.quantization is None:
+        return
+    if dtype != torch.bfloat16:
+        raise UsageError(
+            f"model.quantization=fp8 computes in bfloat16 on a GPU, and the model is {dtype}; set "
+            "model.dtype=bfloat16, or leave the quantization out"
+        )
+    sizes = {
+        "hidden size": model.hidden_size,
+        "intermediate size": model.intermediate_size,
+        "query width": model.num_heads * model.head_dim,
+        "key width": model.num_kv_heads * model.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % 16:
+            raise UsageError(
+                f"model.quantization=fp8 needs sizes that 16 divides, and the model's {name} is "
+                f"{size}; leave it out for this model"
+            )
+
+
+def _ops(
+    model: ModelConfig,
+    memory: KVMemory,
+    state: SlotState,
+    cos_sin_MH: Tensor,
+    dtype: torch.dtype,
+    quantization: Quantization,
+) -> EngineOps:
     if state.device.type == "cpu":
-        return CpuOps(model, memory, state, cos_sin_MH)
+        return CpuOps(model, memory, state, cos_sin_MH, dtype, quantization)
     from batchgen.engine.cuda_ops import CudaOps  # imports triton
 
-    return CudaOps(model, memory, state, cos_sin_MH)
+    return CudaOps(model, memory, state, cos_sin_MH, quantization)
 
 
 def _memory_for_kv(
@@ -182,12 +235,12 @@ def _memory_for_kv(
     if device.type == "cpu":
         return _host_bytes() // 4
     free, total = torch.cuda.mem_get_info(device)
-    weights = sum(math.prod(shape) for shape in tensor_shapes(model).values())
+    weights = weight_bytes(model, dtype=dtype, is_fp8=options.quantization == "fp8")
     columns = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     per_token = 4 * model.hidden_size + 2 * columns + 3 * model.intermediate_size
     logits = 2 * max_num_seqs * model.vocab_size
     step = max_tokens * per_token + logits
-    used = total - free + (weights + step) * dtype.itemsize + _GRAPH_BYTES
+    used = total - free + weights + step * dtype.itemsize + _GRAPH_BYTES
     return int(total * options.gpu_memory_utilization) - used
 
 

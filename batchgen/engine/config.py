@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Quantization = Literal["fp8"] | None
+KVCacheDtype = Literal["auto", "fp8"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -23,6 +26,8 @@ class EngineOptions:
     decode_window: int | None = None
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Quantization = None  # of the layers' matrices and what feeds them
+    kv_cache_dtype: KVCacheDtype = "auto"  # auto: the model's
     use_cuda_graphs: bool = True
 
 
@@ -53,17 +58,37 @@ class DeviceDefaults:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_batched_tokens_small: int  # for a hidden size up to SMALL_HIDDEN_SIZE
     decode_window: int
     lookahead: int  # launches whose results the host has not read yet
+    prefill_lookahead: int  # the same while all of them are prefill steps
 
+    def batched_tokens(self, hidden_size: int) -> int:
+        if hidden_size <= SMALL_HIDDEN_SIZE:
+            return self.max_num_batched_tokens_small
+        return self.max_num_batched_tokens
+
+
+SMALL_HIDDEN_SIZE = 2048
 
 # On a CPU every step is read at once: there is nothing to overlap, and a row that has ended would
-# cost its share of each further step of a window.
+# cost its share of each further step of a window. On a GPU a step of a small model must be large,
+# or it is over before the host has planned and launched the next one.
 DEFAULTS = {
     "cpu": DeviceDefaults(
-        max_num_seqs=256, max_num_batched_tokens=2048, decode_window=1, lookahead=0
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        max_num_batched_tokens_small=2048,
+        decode_window=1,
+        lookahead=0,
+        prefill_lookahead=0,
     ),
     "cuda": DeviceDefaults(
-        max_num_seqs=1024, max_num_batched_tokens=16384, decode_window=16, lookahead=1
+        max_num_seqs=2048,
+        max_num_batched_tokens=16384,
+        max_num_batched_tokens_small=32768,
+        decode_window=16,
+        lookahead=1,
+        prefill_lookahead=4,
     ),
 }

@@ -20,15 +20,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchgen.engine.config import Quantization
 from batchgen.engine.inputs import DecodeBatch, PrefillBatch, SlotState, StepBatch
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.kernels import native, reference
+from batchgen.kernels.fp8 import QuantizedRows
 from batchgen.models.config import ModelConfig
-from batchgen.models.ops import Linear
+from batchgen.models.ops import Activation, LayerOps, Linear
 
 GROUP_TOKENS = 8192  # padded KV tokens of a group: its keys and values of a layer stay in cache
 
 NATIVE_PREFILL_TOKENS = 512  # the longest context that native attention prefills
+# With fewer rows oneDNN and MKL sum in another order (seen on two and one threads), and a row's
+# tokens would depend on how many others are in its batch: zeros fill up.
+MIN_ROWS_BF16 = 2
+MIN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +48,48 @@ class _Group:
     mask_B1QL: Tensor  # additive, in the dtype of the queries
 
 
+class CpuFp8Ops:
+    """Implements models.ops.LayerOps by what fp8 means: saves memory here, and no time."""
+
+    def __init__(self, dense: LayerOps) -> None:
+        self._dense = dense
+
+    def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
+        weight, dtype = reference.quantize_rows(weight_OD), weight_OD.dtype
+        return lambda x_TD: reference.scaled_linear(_quantized(x_TD), weight, bias_O, dtype)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> QuantizedRows:
+        return _quantized(self._dense.rms_norm(x_TD, weight_D, eps))
+
+    def add_rms_norm(
+        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> QuantizedRows:
+        return _quantized(self._dense.add_rms_norm(x_TD, residual_TD, weight_D, eps))
+
+    def silu_mul(self, gate_up_T2I: Tensor) -> QuantizedRows:
+        return _quantized(self._dense.silu_mul(gate_up_T2I))
+
+
 class CpuOps:
     """Implements engine.ops.EngineOps."""
 
+    read_slots = staticmethod(reference.read_slots)
+    advance_slots = staticmethod(reference.advance_slots)
+
     def __init__(
-        self, config: ModelConfig, memory: KVMemory, state: SlotState, cos_sin_MH: Tensor
+        self,
+        config: ModelConfig,
+        memory: KVMemory,
+        state: SlotState,
+        cos_sin_MH: Tensor,
+        dtype: torch.dtype,
+        quantization: Quantization = None,
     ) -> None:
         self._config = config
         self._memory = memory
         self._state = state
         self._cos_sin_MH = cos_sin_MH
-        self._dtype = memory.kv_PL2KSH.dtype
+        self._dtype = dtype
         # Row ((p * L + l) * 2 + kv) * K + k of this view is one head of one block.
         self._heads_FZ = memory.kv_PL2KSH.view(-1, memory.block_size * config.head_dim)
         self._groups: list[_Group] = []
@@ -63,15 +100,31 @@ class CpuOps:
             num_kv_heads=config.num_kv_heads,
             head_size=config.head_dim,
         )
+        self._is_native_kv = self._is_native and memory.kv_PL2KSH.dtype == dtype
+        self.layer_ops: LayerOps = CpuFp8Ops(self) if quantization == "fp8" else self
 
     # -- what a decoder asks -------------------------------------------------------------------
 
     def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
-        if weight_OD.dtype != torch.bfloat16:
-            return lambda x_TD: F.linear(x_TD, weight_OD, bias_O)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), 256)
-        linear = torch.ops.mkldnn._linear_pointwise
-        return lambda x_TD: linear(x_TD, packed, bias_O, "none", [], "")
+        is_packed = weight_OD.dtype == torch.bfloat16
+        if is_packed:
+            weight_OD = torch.ops.mkldnn._reorder_linear_weight(weight_OD.contiguous(), 256)
+
+        min_rows = MIN_ROWS_BF16 if is_packed else MIN_ROWS
+
+        def linear(x_TD: Activation) -> Tensor:
+            assert isinstance(x_TD, Tensor)
+            num_rows = len(x_TD)
+            if 0 < num_rows < min_rows:
+                x_TD = F.pad(x_TD, (0, 0, 0, min_rows - num_rows))
+            y_TO: Tensor
+            if is_packed:
+                y_TO = torch.ops.mkldnn._linear_pointwise(x_TD, weight_OD, bias_O, "none", [], "")
+            else:
+                y_TO = F.linear(x_TD, weight_OD, bias_O)
+            return y_TO[:num_rows]
+
+        return linear
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         if self._is_native:
@@ -113,10 +166,11 @@ class CpuOps:
         q_norm_H: Tensor | None,
         k_norm_H: Tensor | None,
         batch: StepBatch,
+        wanted_T: Tensor | None,
     ) -> Tensor:
         config = self._config
         k_cache_PKSH, v_cache_PKSH = self._memory.layer(layer)
-        kv_write = native.kv_write if self._is_native else reference.kv_write
+        kv_write = native.kv_write if self._is_native_kv else reference.kv_write
         q_TNH = kv_write(
             qkv_TC,
             self._cos_sin_MH,
@@ -131,6 +185,8 @@ class CpuOps:
         )
         if self._native_rows is not None:
             rows_T, kv_lens_T = self._native_rows
+            if wanted_T is not None:
+                q_TNH, rows_T, kv_lens_T = (x[wanted_T] for x in (q_TNH, rows_T, kv_lens_T))
             table_RX = self._state.block_table_RX
             out_TNH = native.paged_decode(
                 q_TNH,
@@ -141,11 +197,13 @@ class CpuOps:
                 kv_lens_T,
                 scale=config.head_dim**-0.5,
             )
-            return out_TNH.view(len(q_TNH), -1)
+            return out_TNH.flatten(1)
         out_TNH = torch.zeros_like(q_TNH)
         for group in self._groups:
             self._attend(group, q_TNH, out_TNH, layer)
-        return out_TNH.view(len(q_TNH), -1)
+        if wanted_T is not None:
+            out_TNH = out_TNH[wanted_T]
+        return out_TNH.flatten(1)
 
     # -- attention -----------------------------------------------------------------------------
 
@@ -155,7 +213,7 @@ class CpuOps:
         A token of a prompt is to it what a token of decode is: a query over the KV up to itself.
         That beats the gathers of short prompts; long ones are better off with tiles of queries.
         """
-        if not self._is_native:
+        if not self._is_native_kv:
             return None
         if isinstance(batch, DecodeBatch):
             return batch.rows_B, batch.seq_lens_B
@@ -179,8 +237,8 @@ class CpuOps:
         heads_K1 = torch.arange(K)[:, None]
         rows_BKX = group.blocks_BX[:, None, :] * (config.num_layers * 2 * K) + heads_K1 + first_k
         flat = rows_BKX.view(-1)
-        keys = self._heads_FZ.index_select(0, flat).view(B, K, -1, H)
-        values = self._heads_FZ.index_select(0, flat + K).view(B, K, -1, H)
+        keys = self._heads_FZ.index_select(0, flat).view(B, K, -1, H).to(self._dtype)
+        values = self._heads_FZ.index_select(0, flat + K).view(B, K, -1, H).to(self._dtype)
         mask = group.mask_B1QL.repeat(1, 1, G, 1) if Q > 1 else group.mask_B1QL.expand(B, 1, G, -1)
         out_BKgH = F.scaled_dot_product_attention(q_BKgH, keys, values, attn_mask=mask)
         out_BQNH = out_BKgH.view(B, K, G, Q, H).permute(0, 3, 1, 2, 4).reshape(B * Q, K * G, H)
@@ -259,6 +317,10 @@ class CpuOps:
             top_p=top_p,
             min_p=min_p,
         )
+
+
+def _quantized(x_TD: Activation) -> QuantizedRows:
+    return x_TD if isinstance(x_TD, QuantizedRows) else reference.quantize_rows(x_TD)
 
 
 def _group_by_length(

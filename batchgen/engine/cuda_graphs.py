@@ -13,9 +13,8 @@ import torch
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then multiples of 16 to 256, of 32 to 1024, of 64 beyond."""
-    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, 1024, 32)]
-    sizes += range(1024, max_num_seqs + 1, 64)
+    """1, 2, 4, 8, then multiples of 16 to 256 and of 32 beyond."""
+    sizes = [1, 2, 4, 8, *range(16, 256, 16), *range(256, max_num_seqs, 32)]
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 

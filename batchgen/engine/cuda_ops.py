@@ -6,21 +6,53 @@ captured in a graph.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchgen.engine.inputs import DecodeBatch, PrefillBatch, SlotState, StepBatch
+from batchgen.engine.config import Quantization
+from batchgen.engine.inputs import DecodeBatch, LastTokens, PrefillBatch, SlotState, StepBatch
 from batchgen.engine.kv_memory import KVMemory
+from batchgen.kernels.fp8 import QuantizedRows
 from batchgen.kernels.kv_write import kv_write
 from batchgen.kernels.paged_decode import DecodePlan, paged_decode, plan_decode
 from batchgen.kernels.paged_prefill import paged_prefill
 from batchgen.kernels.penalties import apply_penalties
-from batchgen.kernels.rms_norm import add_rms_norm, rms_norm
+from batchgen.kernels.quantize import quantize_rows
+from batchgen.kernels.rms_norm import add_rms_norm, add_rms_norm_fp8, rms_norm, rms_norm_fp8
 from batchgen.kernels.sample import sample
 from batchgen.kernels.shared_prefix import merge_attention, shared_prefix
-from batchgen.kernels.silu_mul import silu_mul
+from batchgen.kernels.silu_mul import silu_mul, silu_mul_fp8
+from batchgen.kernels.slots import advance_slots, read_slots
 from batchgen.models.config import ModelConfig
-from batchgen.models.ops import Linear
+from batchgen.models.ops import Activation, LayerOps, Linear
+
+
+class CudaFp8Ops:
+    """Implements models.ops.LayerOps: fp8 matrices, with activations quantized as they are made."""
+
+    rms_norm = staticmethod(rms_norm_fp8)
+    add_rms_norm = staticmethod(add_rms_norm_fp8)
+    silu_mul = staticmethod(silu_mul_fp8)
+
+    def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
+        """O and D are multiples of 16; y_TO is bf16."""
+        weight = quantize_rows(weight_OD)
+        weight_DO, scales_1O = weight.values_TD.T, weight.scales_T1.T
+
+        def linear(x_TD: Activation) -> Tensor:
+            rows = x_TD if isinstance(x_TD, QuantizedRows) else quantize_rows(x_TD)
+            return torch._scaled_mm(
+                rows.values_TD,
+                weight_DO,
+                rows.scales_T1,
+                scales_1O,
+                bias=bias_O,
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+
+        return linear
 
 
 class CudaOps:
@@ -31,9 +63,16 @@ class CudaOps:
     silu_mul = staticmethod(silu_mul)
     apply_penalties = staticmethod(apply_penalties)
     sample = staticmethod(sample)
+    read_slots = staticmethod(read_slots)
+    advance_slots = staticmethod(advance_slots)
 
     def __init__(
-        self, config: ModelConfig, memory: KVMemory, state: SlotState, cos_sin_MH: Tensor
+        self,
+        config: ModelConfig,
+        memory: KVMemory,
+        state: SlotState,
+        cos_sin_MH: Tensor,
+        quantization: Quantization = None,
     ) -> None:
         self._config = config
         self._memory = memory
@@ -41,9 +80,14 @@ class CudaOps:
         self._cos_sin_MH = cos_sin_MH
         self._scale = config.head_dim**-0.5
         self._decode_plan: DecodePlan | None = None
+        self.layer_ops: LayerOps = CudaFp8Ops() if quantization == "fp8" else self
 
     def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
-        return lambda x_TD: F.linear(x_TD, weight_OD, bias_O)
+        def linear(x_TD: Activation) -> Tensor:
+            assert isinstance(x_TD, Tensor)
+            return F.linear(x_TD, weight_OD, bias_O)
+
+        return linear
 
     def begin_step(self, batch: StepBatch) -> None:
         """Cuts the KV of a decode step into equal pieces of work, once for all layers."""
@@ -61,6 +105,7 @@ class CudaOps:
         q_norm_H: Tensor | None,
         k_norm_H: Tensor | None,
         batch: StepBatch,
+        wanted_T: Tensor | None,
     ) -> Tensor:
         k_cache_PKSH, v_cache_PKSH = self._memory.layer(layer)
         q_TNH = kv_write(
@@ -76,19 +121,22 @@ class CudaOps:
             eps=self._config.rms_norm_eps,
         )
         if isinstance(batch, PrefillBatch):
+            queries: PrefillBatch | LastTokens = batch
+            if wanted_T is not None:
+                q_TNH, queries = q_TNH[wanted_T], batch.last
             out_TNH = paged_prefill(
                 q_TNH,
                 k_cache_PKSH,
                 v_cache_PKSH,
                 self._state.block_table_RX,
-                batch.rows_B,
-                batch.cu_seqlens_q_B1,
-                batch.seq_lens_B,
+                queries.rows_B,
+                queries.cu_seqlens_q_B1,
+                queries.seq_lens_B,
                 scale=self._scale,
             )
         else:
             out_TNH = self._decode(q_TNH, k_cache_PKSH, v_cache_PKSH, batch)
-        return out_TNH.view(len(q_TNH), -1)
+        return out_TNH.flatten(1)
 
     def _decode(
         self, q_BNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor, batch: DecodeBatch

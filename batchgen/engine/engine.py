@@ -8,17 +8,17 @@ of decode steps costs it a few array operations over all of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from batchgen.engine.model_runner import ModelRunner, StepResult
 from batchgen.engine.outputs import OutputBuffer
-from batchgen.engine.sampler import NAN_TOKEN
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.step_plan import StepPlan
 from batchgen.engine.stopping import StopStrings
 from batchgen.errors import BatchgenError
+from batchgen.kernels.reference import NAN_TOKEN
 from batchgen.records import Completion, EngineStats, PromptSource
 
 PLANNING_WINDOW = 65536  # prompts that are ordered together
@@ -37,6 +37,7 @@ class Engine:
         stop_strings: StopStrings | None,
         min_tokens: int,
         lookahead: int,
+        prefill_lookahead: int,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -45,6 +46,7 @@ class Engine:
         self._stop_strings = stop_strings
         self._min_tokens = min_tokens
         self._lookahead = lookahead
+        self._prefill_lookahead = prefill_lookahead
         self._outputs = OutputBuffer(scheduler.config.max_num_seqs)
         self._stopped = False
         self._num_finished = 0
@@ -73,13 +75,22 @@ class Engine:
             plan = scheduler.schedule(in_flight=bool(in_flight))
             if plan is not None:
                 in_flight.append((plan, self._runner.launch(plan)))
-            if in_flight and (plan is None or len(in_flight) > self._lookahead):
+            if in_flight and (plan is None or self._is_far_ahead(in_flight)):
                 finished = self._collect(*in_flight.popleft())
                 if finished:
                     yield finished
             elif plan is None and exhausted:
                 assert not scheduler.num_live, "sequences are left and none can run"
                 return
+
+    def _is_far_ahead(self, in_flight: Collection[tuple[StepPlan, StepResult]]) -> bool:
+        """Whether the oldest result should be read before more is launched.
+
+        Reading late costs idle rows while sequences decode, but nothing while prompts are
+        prefilled: there steps of few long prompts give the host time for those of many short ones.
+        """
+        is_prefill = all(plan.decode is None for plan, _ in in_flight)
+        return len(in_flight) > (self._prefill_lookahead if is_prefill else self._lookahead)
 
     def _collect(self, plan: StepPlan, result: StepResult) -> list[Completion]:
         """Reads a step's tokens and takes out the sequences that have ended."""

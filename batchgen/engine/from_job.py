@@ -23,6 +23,8 @@ def engine_options(engine: EngineSpec, model: ModelSpec) -> EngineOptions:
         enable_prefix_caching=engine.enable_prefix_caching,
         max_model_len=model.max_model_len,
         dtype=model.dtype,
+        quantization="fp8" if model.quantization == "fp8" else None,
+        kv_cache_dtype="fp8" if engine.kv_cache_dtype == "fp8" else "auto",
     )
 
 

@@ -6,6 +6,7 @@ active), X blocks of a row, T tokens, B sequences of a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchgen.engine.step_plan import BlockTableUpdates, Int32, NewSequences, PrefillPlan
+from batchgen.kernels.reference import SlotInputs
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -58,6 +60,17 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LastTokens:
+    """The last tokens of the prompts that end in a prefill step: the only ones that matter after
+    the KV of the last layer is written."""
+
+    tokens_B: Tensor  # int64, places in the step
+    rows_B: Tensor  # int64
+    seq_lens_B: Tensor  # int32
+    cu_seqlens_q_B1: Tensor  # int32, one query a sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillBatch:
     """Where the tokens of a prefill step stand. `query_lens` and `seq_lens` are the host's."""
 
@@ -66,6 +79,7 @@ class PrefillBatch:
     rows_B: Tensor  # int32
     cu_seqlens_q_B1: Tensor  # int32
     seq_lens_B: Tensor  # int32
+    last: LastTokens
     query_lens: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
 
@@ -90,6 +104,7 @@ class SharedPrefix:
 class DecodeBatch:
     """One token a sequence, so T is B. An inactive row has seq_len 0 and a negative slot."""
 
+    token_ids_T: Tensor  # int64
     positions_T: Tensor  # int32
     slot_mapping_T: Tensor  # int64
     rows_B: Tensor  # int32
@@ -109,37 +124,53 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
     positions = np.repeat(starts, plan.query_lens) + np.arange(cu_seqlens[-1], dtype=np.int32)
     positions_T = to_device(positions.astype(np.int32), device)
     rows_T = to_device(np.repeat(plan.rows, plan.query_lens).astype(np.int64), device)
+    ends = plan.is_last
+    last = LastTokens(
+        tokens_B=to_device((cu_seqlens[1:] - 1)[ends].astype(np.int64), device),
+        rows_B=to_device(plan.rows[ends].astype(np.int64), device),
+        seq_lens_B=to_device(plan.seq_lens[ends], device),
+        cu_seqlens_q_B1=torch.arange(int(ends.sum()) + 1, dtype=torch.int32, device=device),
+    )
     return PrefillBatch(
         positions_T=positions_T,
         slot_mapping_T=_slots(state, rows_T, positions_T, block_size),
         rows_B=to_device(plan.rows, device),
         cu_seqlens_q_B1=to_device(cu_seqlens, device),
         seq_lens_B=to_device(plan.seq_lens, device),
+        last=last,
         query_lens=plan.query_lens,
         seq_lens=plan.seq_lens,
     )
 
 
 def decode_batch(
-    state: SlotState, rows_B: Tensor, block_size: int, prefix: SharedPrefix | None
+    read_slots: Callable[..., SlotInputs],
+    state: SlotState,
+    rows_B: Tensor,
+    block_size: int,
+    prefix: SharedPrefix | None,
 ) -> DecodeBatch:
     """Made on the device from the slot table alone: part of the captured step."""
-    active_B = state.active_R[rows_B]
-    positions_B = state.kv_lens_R[rows_B]
-    slots_B = _slots(state, rows_B, positions_B, block_size)
+    inputs = read_slots(
+        rows_B,
+        state.block_table_RX,
+        state.kv_lens_R,
+        state.active_R,
+        state.last_tokens_R,
+        None if prefix is None else prefix.len_1,
+        block_size=block_size,
+    )
     return DecodeBatch(
-        positions_T=positions_B,
-        slot_mapping_T=torch.where(active_B, slots_B, -1),
-        rows_B=rows_B.to(torch.int32),
-        seq_lens_B=torch.where(active_B, positions_B + 1, 0),
-        kv_starts_B=None if prefix is None else torch.where(active_B, prefix.len_1, 0),
+        token_ids_T=inputs.token_ids_B,
+        positions_T=inputs.positions_B,
+        slot_mapping_T=inputs.slot_mapping_B,
+        rows_B=inputs.row_ids_B,
+        seq_lens_B=inputs.seq_lens_B,
+        kv_starts_B=inputs.kv_starts_B,
         prefix=prefix,
     )
 
 
 def _slots(state: SlotState, rows: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    columns = positions // block_size
-    # A finished row may stand one past its last block; its slot is masked by the caller.
-    columns = columns.clamp(max=state.block_table_RX.shape[1] - 1).to(torch.int64)
-    blocks = state.block_table_RX[rows, columns].to(torch.int64)
+    blocks = state.block_table_RX[rows, (positions // block_size).long()].long()
     return blocks * block_size + positions % block_size

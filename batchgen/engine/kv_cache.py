@@ -16,16 +16,25 @@ from batchgen.engine.block_pool import BlockPool, Blocks
 from batchgen.engine.step_plan import BlockCopies, BlockTableUpdates, Int32
 
 
-def block_hashes(token_ids: Int32, block_size: int) -> list[bytes]:
+def block_hashes(
+    token_ids: Int32, block_size: int, like: tuple[Int32, Sequence[bytes]] | None = None
+) -> list[bytes]:
     """A hash for each full block, of its tokens and all before them (a chain, 16 bytes each).
 
+    `like`: another prompt and its hashes, taken over for the blocks that both begin with.
     Source: vLLM's prefix caching; blake2b, so that equal hashes mean equal tokens in practice.
     """
+    hashes: list[bytes] = []
+    if like is not None:
+        other_ids, other_hashes = like
+        length = min(len(token_ids), len(other_ids))
+        differs = token_ids[:length] != other_ids[:length]
+        same = int(np.argmax(differs)) if differs.any() else length
+        hashes.extend(other_hashes[: same // block_size])
     data = token_ids.tobytes()
     step = block_size * token_ids.itemsize
-    hashes: list[bytes] = []
-    previous = b""
-    for start in range(0, len(data) - step + 1, step):
+    previous = hashes[-1] if hashes else b""
+    for start in range(len(hashes) * step, len(data) - step + 1, step):
         previous = hashlib.blake2b(previous + data[start : start + step], digest_size=16).digest()
         hashes.append(previous)
     return hashes
@@ -51,27 +60,19 @@ class KVCache:
     def blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def cached_blocks(self, hashes: Sequence[bytes]) -> list[int]:
+    def cached_blocks(self, hashes: Sequence[bytes]) -> Blocks:
         """The blocks of the longest known prefix."""
-        found: list[int] = []
-        for block_hash in hashes:
-            block = self.gpu.lookup(block_hash)
-            if block is None:
-                break
-            found.append(block)
-        return found
+        return self.gpu.lookup(hashes)
 
-    def blocks_needed(self, num_tokens: int, cached: Sequence[int]) -> int:
+    def blocks_needed(self, num_tokens: int, cached: Blocks) -> int:
         """Free blocks that a sequence of `num_tokens` would take, given its cached prefix."""
-        held = sum(1 for block in cached if self.gpu.ref_count[block] > 0)
-        return self.blocks_of(num_tokens) - held
+        return self.blocks_of(num_tokens) - int(np.count_nonzero(self.gpu.ref_count[cached]))
 
-    def admit(self, row: int, num_tokens: int, cached: Sequence[int]) -> None:
+    def admit(self, row: int, num_tokens: int, cached: Blocks) -> None:
         """Gives `row` its cached prefix and fresh blocks for the rest of `num_tokens`."""
-        for block in cached:
-            self.gpu.share(block)
+        self.gpu.share(cached)
         fresh = self.gpu.allocate(self.blocks_of(num_tokens) - len(cached))
-        self._set_row(row, np.concatenate([np.array(cached, dtype=np.int32), fresh]))
+        self._set_row(row, np.concatenate([cached, fresh]))
 
     def register(self, row: int, hashes: Sequence[bytes], first: int, last: int) -> None:
         """Makes the row's blocks [first, last) known by content: they are computed by now."""
@@ -125,12 +126,11 @@ class KVCache:
         """Brings the row back. Blocks whose content is still known are shared, not copied."""
         host = self._swapped.pop(row)
         cached = self.cached_blocks(hashes)
-        for block in cached:
-            self.gpu.share(block)
+        self.gpu.share(cached)
         fresh = self.gpu.allocate(len(host) - len(cached))
         self._copies_in.append((host[len(cached) :], fresh))
         self._leaving_host.append(host)
-        self._set_row(row, np.concatenate([np.array(cached, dtype=np.int32), fresh]))
+        self._set_row(row, np.concatenate([cached, fresh]))
 
     def take_swap_out(self) -> BlockCopies | None:
         copies, self._copies_out = self._copies_out, []

@@ -25,7 +25,7 @@ from batchgen.engine.inputs import (
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.engine.ops import EngineOps
 from batchgen.engine.sampler import Sampler
-from batchgen.engine.step_plan import DecodePlan, PrefillPlan, StepPlan
+from batchgen.engine.step_plan import DecodePlan, NewSequences, PrefillPlan, StepPlan
 from batchgen.engine.swap import SwapSpace
 from batchgen.models.decoder import Decoder
 
@@ -85,10 +85,17 @@ class ModelRunner:
             )
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Captures the graphs; every row is the padding row, so nothing is written."""
+    def warm_up(self, max_num_batched_tokens: int) -> None:
+        """Compiles every kernel and captures the graphs, so that the first steps are as fast as the
+        others. All rows are the padding row: nothing is kept, and block 0, not owned yet, is
+        written."""
+        if self.state.device.type == "cpu":
+            return
+        self._prefill(_padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size))
+        self.state.kv_lens_R.zero_()
         if self._graphs is not None:
             self._graphs.capture_all(MIN_PREFIX_ROWS)
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepResult:
@@ -107,19 +114,19 @@ class ModelRunner:
         self._sampler.enter(plan.new)
         batch = prefill_batch(plan, self.state, self._memory.block_size)
         self._ops.begin_step(batch)
-        hidden_TD = self._decoder.forward(to_device(plan.token_ids, device), batch)
-        last = (np.cumsum(plan.query_lens) - 1)[plan.is_last]
-        if len(last) == 0:
+        last = batch.last
+        hidden_BD = self._decoder.forward(to_device(plan.token_ids, device), batch, last.tokens_B)
+        if len(hidden_BD) == 0:
             return StepResult(
                 tokens_kB=torch.empty(1, 0, dtype=torch.int32),
                 active_B=torch.empty(0, dtype=torch.bool),
                 event=None,
             )
-        logits_BV = self._decoder.logits(hidden_TD[to_device(last, device)])
-        rows_B = to_device(plan.rows[plan.is_last].astype(np.int64), device)
-        kv_lens_B = to_device(plan.seq_lens[plan.is_last], device)
-        tokens_B = self._sampler.sample_and_advance(self.state, rows_B, kv_lens_B, logits_BV)
-        return self._result(tokens_B[None], rows_B)
+        logits_BV = self._decoder.logits(hidden_BD)
+        tokens_B = self._sampler.sample_and_advance(
+            self.state, last.rows_B, last.seq_lens_B, logits_BV
+        )
+        return self._result(tokens_B[None], last.rows_B)
 
     def _decode(self, plan: DecodePlan) -> StepResult:
         count = len(plan.rows)
@@ -149,12 +156,12 @@ class ModelRunner:
         """One token for each active row; reads and writes device state only."""
         state = self.state
         prefix = self._prefix if has_prefix else None
-        batch = decode_batch(state, rows_B, self._memory.block_size, prefix)
+        block_size = self._memory.block_size
+        batch = decode_batch(self._ops.read_slots, state, rows_B, block_size, prefix)
         self._ops.begin_step(batch)
-        hidden_BD = self._decoder.forward(state.last_tokens_R[rows_B], batch)
+        hidden_BD = self._decoder.forward(batch.token_ids_T, batch)
         logits_BV = self._decoder.logits(hidden_BD)
-        kv_lens_B = batch.positions_T + state.active_R[rows_B].to(torch.int32)
-        tokens_B = self._sampler.sample_and_advance(state, rows_B, kv_lens_B, logits_BV)
+        tokens_B = self._sampler.sample_and_advance(state, rows_B, batch.seq_lens_B, logits_BV)
         self._tokens_kB[:, : len(rows_B)].index_copy_(0, self._step, tokens_B[None])
         self._step.add_(1).remainder_(len(self._tokens_kB))  # stays valid while graphs warm up
 
@@ -169,3 +176,25 @@ class ModelRunner:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return StepResult(tokens_kB=tokens, active_B=active, event=event)
+
+
+def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> PrefillPlan:
+    """A step of `num_tokens` that belong to nobody."""
+    length = min(num_tokens, state.block_table_RX.shape[1] * block_size)
+    count = num_tokens // length
+    empty = np.zeros(0, dtype=np.int32)
+    return PrefillPlan(
+        token_ids=np.zeros(count * length, dtype=np.int32),
+        rows=np.full(count, state.padding_row, dtype=np.int32),
+        query_lens=np.full(count, length, dtype=np.int32),
+        seq_lens=np.full(count, length, dtype=np.int32),
+        is_last=np.ones(count, dtype=np.bool_),
+        new=NewSequences(
+            rows=empty,
+            seeds=empty.astype(np.int64),
+            prompt_lens=empty,
+            stop_lens=empty,
+            ignore_eos=empty.astype(np.bool_),
+            prompts=(),
+        ),
+    )

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from batchgen.engine.inputs import StepBatch
+from batchgen.kernels.reference import SlotInputs
 from batchgen.models.ops import Ops
 
 
@@ -41,9 +42,41 @@ class SamplingOps(Protocol):
         """int64 tokens_B, a function of logits, seed and position alone."""
         ...
 
+    def advance_slots(
+        self,
+        rows_B: Tensor,
+        seq_lens_B: Tensor,
+        sampled_B: Tensor,
+        logits_BV: Tensor,
+        eos_E: Tensor,
+        stops_E: Tensor,
+        *,
+        kv_lens_R: Tensor,
+        last_tokens_R: Tensor,
+        active_R: Tensor,
+        stop_lens_R: Tensor,
+        ignore_eos_R: Tensor,
+    ) -> Tensor:
+        """See kernels.slots.advance_slots."""
+        ...
+
 
 class EngineOps(Ops[StepBatch], SamplingOps, Protocol):
     """One backend: all the device operations of the engine."""
+
+    def read_slots(
+        self,
+        rows_B: Tensor,
+        block_table_RX: Tensor,
+        kv_lens_R: Tensor,
+        active_R: Tensor,
+        last_tokens_R: Tensor,
+        prefix_len_1: Tensor | None,
+        *,
+        block_size: int,
+    ) -> SlotInputs:
+        """See kernels.slots.read_slots."""
+        ...
 
     def begin_step(self, batch: StepBatch) -> None:
         """Prepares what all layers of the step share. Runs inside the captured step."""

@@ -6,7 +6,7 @@ there for the next; within a group the longest come first, so that long rows do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol, TypeVar
 
 
@@ -18,7 +18,7 @@ class Planned(Protocol):
     @property
     def max_tokens(self) -> int: ...
     @property
-    def hashes(self) -> Sequence[bytes]: ...
+    def group_key(self) -> Hashable: ...
 
 
 PlannedT = TypeVar("PlannedT", bound=Planned)
@@ -26,12 +26,11 @@ PlannedT = TypeVar("PlannedT", bound=Planned)
 
 def order_window(window: Sequence[PlannedT]) -> list[PlannedT]:
     """Groups by first full block (groups in order of appearance), longest first within one."""
-    groups: dict[bytes, int] = {}
+    groups: dict[Hashable, int] = {}
     for item in window:
-        groups.setdefault(item.hashes[0] if item.hashes else b"", len(groups))
+        groups.setdefault(item.group_key, len(groups))
 
     def key(item: PlannedT) -> tuple[int, int]:
-        group = groups[item.hashes[0] if item.hashes else b""]
-        return group, -(item.num_prompt_tokens + item.max_tokens)
+        return groups[item.group_key], -(item.num_prompt_tokens + item.max_tokens)
 
     return sorted(window, key=key)

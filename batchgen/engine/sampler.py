@@ -16,8 +16,6 @@ from batchgen.engine.inputs import SlotState, to_device
 from batchgen.engine.ops import SamplingOps
 from batchgen.engine.step_plan import NewSequences
 
-NAN_TOKEN = -2
-
 
 class Sampler:
     """Owns the token counts that penalties need (allocated only when the job has penalties)."""
@@ -62,13 +60,9 @@ class Sampler:
         """Samples a token for each active row, updates its state, and ends it where it must end.
 
         `kv_lens_B` counts the tokens with KV, so the sampled token stands at that position.
-        `logits_BV` may be changed. Returns int32 tokens_B, -1 for inactive rows and
-        NAN_TOKEN where logits are NaN.
+        `logits_BV` may be changed. Returns int32 tokens_B: see kernels.slots.advance_slots.
         """
         options = self.options
-        active_B = state.active_R[rows_B]
-        num_generated_B = kv_lens_B - state.prompt_lens_R[rows_B]
-        is_nan_B = logits_BV[:, 0].isnan()  # one NaN in a hidden state makes all of its logits so
         if self._counts_RV is not None and self._in_prompt_RV is not None:
             self._ops.apply_penalties(
                 logits_BV,
@@ -80,9 +74,10 @@ class Sampler:
                 repetition=options.repetition_penalty,
             )
         if options.min_tokens and len(self._any_E):
+            num_generated_B = kv_lens_B - state.prompt_lens_R[rows_B]
             too_early_B1 = (num_generated_B < options.min_tokens)[:, None]
-            stops_BE = logits_BV[:, self._any_E]
-            logits_BV[:, self._any_E] = stops_BE.masked_fill(too_early_B1, float("-inf"))
+            # Added, so that NaN stays NaN.
+            logits_BV[:, self._any_E] += torch.where(too_early_B1, float("-inf"), 0.0)
         tokens_B = self._ops.sample(
             logits_BV,
             state.seeds_R[rows_B],
@@ -92,20 +87,25 @@ class Sampler:
             top_p=options.top_p,
             min_p=options.min_p,
         )
-        is_eos_B = (tokens_B[:, None] == self._eos_E).any(dim=1) & ~state.ignore_eos_R[rows_B]
-        is_stop_B = (tokens_B[:, None] == self._stop_E).any(dim=1)
-        is_full_B = kv_lens_B + 1 >= state.stop_lens_R[rows_B]
         if self._counts_RV is not None:
             self._counts_RV.view(-1).index_add_(
                 0,
                 rows_B.to(torch.int64) * self._counts_RV.shape[1] + tokens_B,
-                active_B.to(torch.int16),
+                state.active_R[rows_B].to(torch.int16),
             )
-        state.kv_lens_R[rows_B] = kv_lens_B
-        state.last_tokens_R[rows_B] = torch.where(active_B, tokens_B, 0)
-        state.active_R[rows_B] = active_B & ~(is_eos_B | is_stop_B | is_full_B)
-        tokens_B = torch.where(is_nan_B, NAN_TOKEN, tokens_B)
-        return torch.where(active_B, tokens_B, -1).to(torch.int32)
+        return self._ops.advance_slots(
+            rows_B,
+            kv_lens_B,
+            tokens_B,
+            logits_BV,
+            self._eos_E,
+            self._stop_E,
+            kv_lens_R=state.kv_lens_R,
+            last_tokens_R=state.last_tokens_R,
+            active_R=state.active_R,
+            stop_lens_R=state.stop_lens_R,
+            ignore_eos_R=state.ignore_eos_R,
+        )
 
 
 def _token_tensor(ids: Sequence[int], device: torch.device) -> Tensor:

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchgen.engine.forecast import OutputLengths, forecast_peak
-from batchgen.engine.kv_cache import KVCache, block_hashes
+from batchgen.engine.kv_cache import KVCache
 from batchgen.engine.prefix_plan import order_window
 from batchgen.engine.sequences import (
+    Admissible,
     Chunks,
     QueuedPrompt,
     SchedulerConfig,
@@ -63,24 +64,16 @@ class Scheduler:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._partial: int | None = None  # the row whose prompt is prefilled in part
         self._next_id = 1
-        self._waiting_tokens = 0
+        self._last_hashed: QueuedPrompt | None = None
         self._swapped_in_now: set[int] = set()  # their copies run with the next plan
 
     # -- what comes in and what is known -------------------------------------------------------
 
     def add(self, prompts: Iterable[Prompt]) -> None:
         """Queues one window of prompts, in the order of the prefix plan."""
-        window = []
-        for prompt in prompts:
-            token_ids = np.asarray(prompt.token_ids, dtype=np.int32)
-            hashes = (
-                block_hashes(token_ids, self.config.block_size)
-                if self.config.enable_prefix_caching
-                else ()
-            )
-            window.append(QueuedPrompt(prompt=prompt, token_ids=token_ids, hashes=hashes))
-            self._waiting_tokens += len(token_ids)
-        self.waiting.extend(order_window(window))
+        config = self.config
+        block_size = config.block_size if config.enable_prefix_caching else None
+        self.waiting.extend(order_window([QueuedPrompt(prompt, block_size) for prompt in prompts]))
 
     @property
     def num_live(self) -> int:
@@ -115,7 +108,8 @@ class Scheduler:
         return plan
 
     def _plan_step(self) -> StepPlan | None:
-        prefill = self._plan_prefill() if self._wants_prefill() else None
+        admissible = self._num_admissible()
+        prefill = self._plan_prefill(admissible.count) if self._wants_prefill(admissible) else None
         decode = self._plan_decode() if prefill is None else None
         if prefill is not None:
             self.counters.prefill_steps += 1
@@ -148,10 +142,12 @@ class Scheduler:
 
     # -- room ----------------------------------------------------------------------------------
 
-    def _reserve(self, candidate_tokens: int = 0) -> int:
+    def _longest_live(self) -> int:
+        """Tokens that the longest sequence may come to."""
+        return int(self.stop_len_R[self.state_R != State.FREE].max(initial=0))
+
+    def _reserve(self, longest: int) -> int:
         """Blocks that stay free so that the oldest sequence can always end (see the module)."""
-        live = self.stop_len_R[self.state_R != State.FREE]
-        longest = max(int(live.max(initial=0)), candidate_tokens)
         blocks = self.kv.blocks_of(longest)
         return 2 * blocks + 1 if self._can_swap() else blocks
 
@@ -228,7 +224,7 @@ class Scheduler:
         """Which of `rows` (oldest first) may grow now; swaps the newest out where it must."""
         runs = np.ones(len(rows), dtype=np.bool_)
         total = int(growth.sum())
-        spare = self._free_blocks() - self._reserve()
+        spare = self._free_blocks() - self._reserve(self._longest_live())
         if total <= self.kv.gpu.num_free and total <= spare:
             return runs
         live = self._live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
@@ -265,26 +261,25 @@ class Scheduler:
 
     # -- prefill -------------------------------------------------------------------------------
 
-    def _wants_prefill(self) -> bool:
-        """Prefill when its step would be full, or when the decode batch could grow by an eighth."""
+    def _wants_prefill(self, admissible: Admissible) -> bool:
+        """Prefill when its step is at least half full, when the decode batch grows by an eighth, or
+        when nothing is left to wait for: a prompt held back then would decode late and alone."""
         if self._partial is not None:
             return True
-        if not self.waiting or not self._free_rows or self.num_swapped:
-            return False
         running = len(self._decodable())
         if running == 0:
-            return True
-        admissible = self._num_admissible()
-        tokens = admissible * self._waiting_tokens // len(self.waiting)
-        return admissible > 0 and (
-            2 * tokens >= self.config.max_num_batched_tokens or 8 * admissible >= running
+            return bool(self.waiting and self._free_rows and not self.num_swapped)
+        return admissible.count > 0 and (
+            2 * admissible.num_tokens >= self.config.max_num_batched_tokens
+            or 8 * admissible.count >= running
+            or admissible.count == len(self.waiting)
         )
 
-    def _num_admissible(self) -> int:
+    def _num_admissible(self) -> Admissible:
         """How many waiting prompts fit under the forecast KV peak, at most a step's worth."""
-        mean = max(1, self._waiting_tokens // len(self.waiting))
-        limit = min(len(self._free_rows), 2 + 2 * self.config.max_num_batched_tokens // mean)
-        candidates = list(islice(self.waiting, limit))
+        if not self.waiting or not self._free_rows or self.num_swapped:
+            return Admissible(count=0, num_tokens=0)
+        candidates, new_own = self._candidates()
         rows = self._live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
         block = self.config.block_size
         own = self.kv_len_R[rows] - self.cached_len_R[rows]
@@ -293,12 +288,6 @@ class Scheduler:
         capacity = float((self.config.gpu_blocks - shared) * block)
 
         generated = self.kv_len_R[rows] - self.prompt_len_R[rows]
-        new_own = np.array(
-            [
-                item.num_prompt_tokens - block * len(self.kv.cached_blocks(item.hashes))
-                for item in candidates
-            ]
-        )
         max_tokens = np.concatenate(
             [
                 self.stop_len_R[rows] - self.prompt_len_R[rows],
@@ -323,21 +312,47 @@ class Scheduler:
                 low = middle
             else:
                 high = middle - 1
-        return low
+        # The last of the queue would decode late and alone: better to swap a few for a while.
+        is_rest = low < len(candidates) == len(self.waiting)
+        if is_rest and forecast_peak(tokens, remaining) <= capacity + self._overcommitment():
+            low = len(candidates)
+        return Admissible(count=low, num_tokens=int(new_own[:low].sum()))
 
-    def _plan_prefill(self) -> PrefillPlan | None:
+    def _overcommitment(self) -> float:
+        """Tokens by which the forecast may exceed the device's KV, to be swapped at the peak."""
+        if not self._can_swap():
+            return 0.0
+        return self.config.block_size * min(self.kv.cpu.num_free / 2, self.config.gpu_blocks / 10)
+
+    def _candidates(self) -> tuple[list[QueuedPrompt], NDArray[np.int64]]:
+        """The next prompts, at most a step's worth, and the tokens of each that are not cached."""
+        candidates, own, total = [], [], 0
+        for item in islice(self.waiting, len(self._free_rows)):
+            item.make_hashes(self._last_hashed)
+            self._last_hashed = item
+            cached = len(self.kv.cached_blocks(item.hashes)) * self.config.block_size
+            candidates.append(item)
+            own.append(item.num_prompt_tokens - cached)
+            total += own[-1]
+            if total >= self.config.max_num_batched_tokens:
+                break
+        return candidates, np.array(own, dtype=np.int64)
+
+    def _plan_prefill(self, admissible: int) -> PrefillPlan | None:
         chunks = Chunks()
         if self._partial is not None:
             self._add_chunk(chunks, self._partial)
-        admissible = self._num_admissible() if self.waiting and not self.num_swapped else 0
         if not self.sequences:
             admissible = max(admissible, 1)
         room = self.config.max_num_batched_tokens
+        longest = self._longest_live()
         while admissible > 0 and self.waiting and self._free_rows and chunks.num_tokens < room:
-            row = self._admit(self.waiting[0])
+            item = self.waiting[0]
+            longest = max(longest, item.num_prompt_tokens + item.max_tokens)
+            row = self._admit(item, longest)
             if row is None:
                 break
-            self._waiting_tokens -= self.waiting.popleft().num_prompt_tokens
+            self.waiting.popleft()
             chunks.new.append(row)
             self._add_chunk(chunks, row)
             admissible -= 1
@@ -352,15 +367,18 @@ class Scheduler:
             new=self._new_sequences(chunks.new),
         )
 
-    def _admit(self, item: QueuedPrompt) -> int | None:
-        """Gives the prompt a row and its blocks, if they are there."""
+    def _admit(self, item: QueuedPrompt, longest: int) -> int | None:
+        """Gives the prompt a row and its blocks, if they are there.
+
+        `longest`: tokens that the longest of all sequences and this one may come to.
+        """
         length = item.num_prompt_tokens
         usable = item.hashes[: (length - 1) // self.config.block_size]  # one token is computed
         cached = self.kv.cached_blocks(usable)
         needed = self.kv.blocks_needed(length, cached)
         if needed > self.kv.gpu.num_free:
             return None
-        spare = self._free_blocks() - self._reserve(length + item.max_tokens)
+        spare = self._free_blocks() - self._reserve(longest)
         if self.sequences and needed > spare:
             return None
         row = self._free_rows.pop()

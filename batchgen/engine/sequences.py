@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
+import numpy as np
+
+from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.step_plan import Int32
 from batchgen.records import Prompt
 
@@ -33,22 +37,52 @@ class State(IntEnum):
     SWAPPED = 3
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class QueuedPrompt:
-    """A prompt from its arrival to the end of its prefill."""
+    """A prompt from its arrival to its end.
 
-    prompt: Prompt
-    token_ids: Int32
-    hashes: Sequence[bytes]
-    num_computed: int = 0  # of its tokens, by the steps planned so far; the cached prefix included
+    A window of prompts arrives at once, and the device waits for the first of them: what takes
+    time for each token is made when the prompt's turn comes, while the device is busy.
+    """
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.token_ids)
+    def __init__(self, prompt: Prompt, hash_block_size: int | None) -> None:
+        """`hash_block_size` is None where prefixes are not cached."""
+        self.prompt = prompt
+        self.num_prompt_tokens = len(prompt.token_ids)
+        self.num_computed = 0  # tokens, by the steps planned so far; the cached prefix included
+        self._hash_block_size = hash_block_size
+        self._hashes: Sequence[bytes] | None = None
 
     @property
     def max_tokens(self) -> int:
         return self.prompt.max_tokens
+
+    @property
+    def group_key(self) -> tuple[int, ...]:
+        """The first full block: prompts that may share a prefix have it in common."""
+        size = self._hash_block_size
+        if size is None or self.num_prompt_tokens < size:
+            return ()
+        return tuple(self.prompt.token_ids[:size])
+
+    @cached_property
+    def token_ids(self) -> Int32:
+        return np.fromiter(self.prompt.token_ids, np.int32, self.num_prompt_tokens)
+
+    @property
+    def hashes(self) -> Sequence[bytes]:
+        """Of each full block (see block_hashes), once `make_hashes` was called."""
+        assert self._hashes is not None, "hashes are asked for before they are made"
+        return self._hashes
+
+    def make_hashes(self, like: QueuedPrompt | None) -> None:
+        """`like` is the prompt before this one, which often begins alike."""
+        if self._hashes is not None:
+            return
+        if self._hash_block_size is None:
+            self._hashes = ()
+            return
+        other = None if like is None else (like.token_ids, like.hashes)
+        self._hashes = block_hashes(self.token_ids, self._hash_block_size, other)
 
 
 @dataclass(slots=True)
@@ -64,6 +98,14 @@ class SchedulerCounters:
     stalled: int = 0
     waste_sum: float = 0.0
     waste_samples: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admissible:
+    """How many waiting prompts may enter now, and how many of their tokens are to be computed."""
+
+    count: int
+    num_tokens: int
 
 
 @dataclass(slots=True)

@@ -6,65 +6,76 @@ waits for them, because it may write to the blocks that were swapped out.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from batchgen.engine.block_pool import Blocks
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.engine.step_plan import BlockCopies
 
+_CHUNK_BYTES = 256 << 20  # pinning takes about 0.2 s a GiB, while the device goes on
+
 
 class SwapSpace:
-    """Owns the host's copy of swapped blocks; its memory is taken at the first swap."""
+    """Owns the host's copy of swapped blocks; its memory is taken in chunks, as swaps need it."""
 
     def __init__(self, memory: KVMemory, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._device_rows = memory.block_rows
-        self._host_rows: Tensor | None = None
+        self._chunk_blocks = max(1, _CHUNK_BYTES // self._device_rows[0].nbytes)
+        self._chunks: list[Tensor] = []
         is_cuda = self._device_rows.device.type == "cuda"
         self._stream = torch.cuda.Stream() if is_cuda else None  # type: ignore[no-untyped-call]
 
-    def _host(self) -> Tensor:
-        if self._host_rows is None:
-            self._host_rows = torch.empty(
-                self.num_blocks,
-                self._device_rows.shape[1],
-                dtype=self._device_rows.dtype,
-                pin_memory=self._stream is not None,
-            )
-        return self._host_rows
+    def _host(self, block: int) -> tuple[Tensor, int]:
+        """The chunk that holds a block of the host's pool, and the block's place in it."""
+        chunk, place = divmod(block, self._chunk_blocks)
+        while len(self._chunks) <= chunk:
+            left = self.num_blocks - len(self._chunks) * self._chunk_blocks
+            shape = (min(self._chunk_blocks, left), self._device_rows.shape[1])
+            dtype, is_pinned = self._device_rows.dtype, self._stream is not None
+            self._chunks.append(torch.empty(shape, dtype=dtype, pin_memory=is_pinned))
+        return self._chunks[chunk], place
 
     def run(self, swap_out: BlockCopies | None, swap_in: BlockCopies | None) -> None:
         """Out first, then in: what comes in may take the place of what went out."""
         if swap_out is None and swap_in is None:
             return
-        host = self._host()
         if self._stream is None:
-            _copy_blocks(self._device_rows, host, swap_out)
-            _copy_blocks(host, self._device_rows, swap_in)
+            self._copy(swap_out, swap_in)
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            _copy_blocks(self._device_rows, host, swap_out)
-            _copy_blocks(host, self._device_rows, swap_in)
+            self._copy(swap_out, swap_in)
         torch.cuda.current_stream().wait_stream(self._stream)
 
+    def _copy(self, swap_out: BlockCopies | None, swap_in: BlockCopies | None) -> None:
+        if swap_out is not None:
+            for device, host, length in self._runs(swap_out.source, swap_out.target):
+                chunk, place = self._host(host)
+                chunk[place : place + length].copy_(
+                    self._device_rows[device : device + length], non_blocking=True
+                )
+        if swap_in is not None:
+            for device, host, length in self._runs(swap_in.target, swap_in.source):
+                chunk, place = self._host(host)
+                self._device_rows[device : device + length].copy_(
+                    chunk[place : place + length], non_blocking=True
+                )
 
-def _copy_blocks(source: Tensor, target: Tensor, copies: BlockCopies | None) -> None:
-    """One copy for each run of blocks that are neighbours on both sides."""
-    if copies is None:
-        return
-    pairs = zip(copies.source.tolist(), copies.target.tolist(), strict=True)
-    start_s, start_t, length = -1, -1, 0
-    for block_s, block_t in sorted(pairs):
-        if length and (block_s, block_t) == (start_s + length, start_t + length):
-            length += 1
-            continue
-        if length:
-            target[start_t : start_t + length].copy_(
-                source[start_s : start_s + length], non_blocking=True
-            )
-        start_s, start_t, length = block_s, block_t, 1
-    if length:
-        target[start_t : start_t + length].copy_(
-            source[start_s : start_s + length], non_blocking=True
+    def _runs(self, device: Blocks, host: Blocks) -> list[tuple[int, int, int]]:
+        """First block on the device, on the host, and length of each run of blocks that are
+        neighbours on both sides and in one chunk of the host."""
+        if len(device) == 0:
+            return []
+        order = np.argsort(device)
+        device, host = device[order], host[order]
+        breaks = (
+            (np.diff(device) != 1) | (np.diff(host) != 1) | (host[1:] % self._chunk_blocks == 0)
+        )
+        starts = np.flatnonzero(np.concatenate([[True], breaks]))
+        lengths = np.diff(np.append(starts, len(device)))
+        return list(
+            zip(device[starts].tolist(), host[starts].tolist(), lengths.tolist(), strict=True)
         )

@@ -26,7 +26,8 @@ def job_fingerprint(
 
     `model` says which weights, tokenizer, chat template and numerics the run computes with, by
     names for people; it replaces the job file's name for the model. How rows are packed into
-    files (compression, max_shard_rows, unit_rows) and what ends a run (errors) change no row.
+    files (compression, max_shard_rows, unit_rows) and what ends a run (errors) change no row, nor
+    do the engine's keys but for kv_cache_dtype.
     """
     files = {file.uri: {"size_bytes": file.size_bytes, "etag": file.etag} for file in input_files}
     return {
@@ -44,6 +45,7 @@ def job_fingerprint(
             **model,
         },
         "sampling": spec.sampling.model_dump(mode="json"),
+        "engine": spec.engine.model_dump(mode="json", include={"kv_cache_dtype"}),
         "structured": spec.model_dump(mode="json", include={"structured"})["structured"],
         "output": {
             **spec.output.model_dump(mode="json", include={"format", "columns", "n_layout"}),

@@ -121,7 +121,11 @@ class ModelSpec(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="What weights and KV are computed in."
     )
-    quantization: Text | None = Field(default=None, description="How weights are quantized.")
+    quantization: Text | None = Field(
+        default=None,
+        description="fp8: the layers' matrices, a scale for each output, and their inputs, a scale "
+        "for each token, in 8 bits; embedding, norms and lm_head stay in dtype.",
+    )
     trust_remote_code: bool = Field(default=False, description="Run code that comes with a model.")
     max_model_len: PositiveInt | None = Field(
         default=None, description="Prompt and output tokens of a row; null is the model's limit."
@@ -188,7 +192,7 @@ class StructuredSpec(Section):
 
 
 class EngineSpec(Section):
-    """How to run; never changes what is computed."""
+    """How to run; of its keys, only kv_cache_dtype changes what is computed."""
 
     device: str = Field(
         default="auto",
@@ -216,5 +220,7 @@ class EngineSpec(Section):
     enable_prefix_caching: bool = Field(
         default=True, description="Compute a prefix that rows share once."
     )
-    kv_cache_dtype: Text = Field(default="auto", description="What the KV is stored in.")
+    kv_cache_dtype: Text = Field(
+        default="auto", description="What the KV is stored in: auto is model.dtype, or fp8."
+    )
     tensor_parallel_size: PositiveInt = Field(default=1, description="GPUs that share the model.")

@@ -177,7 +177,7 @@ class JobSpec(Section):
         default=None, description="What an output must match."
     )
     engine: EngineSpec = Field(
-        default=EngineSpec(), description="How to run; never changes what is computed."
+        default=EngineSpec(), description="How to run; only kv_cache_dtype changes the output."
     )
     output: OutputSpec = Field(description="The dataset that the job writes.")
     checkpoint: CheckpointSpec = Field(

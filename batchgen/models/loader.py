@@ -8,6 +8,7 @@ Legend: N query heads, K kv heads, H head size, D hidden, I intermediate, V voca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -86,6 +87,18 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
         for group in _layer_groups(config).values():
             shapes |= {LAYER.format(layer=layer) + name: shape for name, shape in group.items()}
     return shapes
+
+
+def weight_bytes(config: ModelConfig, *, dtype: torch.dtype, is_fp8: bool) -> int:
+    """What the weights take on a device: with fp8, a byte for each element of a layer's matrices
+    and four for each of their rows."""
+    dense = quantized = 0
+    for name, shape in tensor_shapes(config).items():
+        if is_fp8 and len(shape) == 2 and name not in (EMBEDDING, LM_HEAD):
+            quantized += shape[0] * (shape[1] + torch.float32.itemsize)
+        else:
+            dense += math.prod(shape) * dtype.itemsize
+    return dense + quantized
 
 
 def _layer_groups(config: ModelConfig) -> dict[str, dict[str, Shape]]:

@@ -22,6 +22,7 @@ from batchgen.job.sections import ModelSpec
 from batchgen.models.config import ModelConfig
 from batchgen.models.decoder import Decoder
 from batchgen.models.loader import load_weights
+from batchgen.models.ops import LayerOps
 from batchgen.models.registry import load_config, resolve_model
 from batchgen.models.rope import cos_sin_table
 from tests.parity.tiny_models import FAMILIES, VOCAB_SIZE, Family, save_tiny_model
@@ -49,6 +50,10 @@ class DenseOps:
     def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Any:
         return lambda x_TD: functional.linear(x_TD, weight_OD, bias_O)
 
+    @property
+    def layer_ops(self) -> LayerOps:
+        return self
+
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
@@ -69,13 +74,15 @@ class DenseOps:
         q_norm_H: Tensor | None,
         k_norm_H: Tensor | None,
         batch: DenseBatch,
+        wanted_T: Tensor | None,
     ) -> Tensor:
         outputs = []
         for sequence_id, qkv in zip(
             batch.sequence_ids, qkv_TC.split(list(batch.lengths)), strict=True
         ):
             outputs.append(self._attend_one(qkv, (layer, sequence_id), q_norm_H, k_norm_H))
-        return torch.cat(outputs)
+        attended = torch.cat(outputs)
+        return attended if wanted_T is None else attended[wanted_T]
 
     def _attend_one(
         self,
@@ -141,6 +148,15 @@ def assert_logits_match(folder: Path, reference: Any) -> None:
         DenseBatch(sequence_ids=range(len(prompts)), lengths=PROMPT_LENGTHS),
     )
     torch.testing.assert_close(decoder.logits(hidden), torch.cat(expected), atol=ATOL, rtol=0)
+
+    decoder, _ = load_decoder(folder)
+    ends = torch.tensor(PROMPT_LENGTHS).cumsum(0) - 1
+    hidden = decoder.forward(
+        torch.tensor([token for prompt in prompts for token in prompt]),
+        DenseBatch(sequence_ids=range(len(prompts)), lengths=PROMPT_LENGTHS),
+        ends,
+    )
+    torch.testing.assert_close(decoder.logits(hidden), torch.cat(expected)[ends], atol=ATOL, rtol=0)
 
     decoder, _ = load_decoder(folder)
     longest, logits = prompts[-1], expected[-1]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchgen.engine.forecast import forecast_peak
+from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.step_plan import StepPlan
@@ -198,6 +199,25 @@ def test_known_lengths_are_admitted_without_any_swap() -> None:
     scheduler = Scheduler(config(gpu_blocks=48, cpu_blocks=200))
     run(scheduler, prompts, dict.fromkeys(range(30), 40))
     assert scheduler.counters.swapped_out_blocks == 0
+
+
+def test_prompts_that_are_left_over_do_not_wait_for_a_full_step() -> None:
+    scheduler = Scheduler(config(max_num_seqs=64, gpu_blocks=1024))
+    scheduler.add([prompt(i, [i] * 8, 9) for i in range(33)])
+    in_prefill = 0
+    while (plan := scheduler.schedule(in_flight=False)) is not None and plan.prefill is not None:
+        in_prefill += len(plan.prefill.new.rows)
+    assert in_prefill == 33, "a prompt decodes after all others"
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+def test_hashes_taken_over_from_another_prompt_are_the_same(
+    common: int, own: int, others: int
+) -> None:
+    shared = np.arange(common, dtype=np.int32)
+    ids = np.concatenate([shared, np.full(own, 1000, dtype=np.int32)])
+    other_ids = np.concatenate([shared, np.full(others, 2000, dtype=np.int32)])
+    assert block_hashes(ids, 4, (other_ids, block_hashes(other_ids, 4))) == block_hashes(ids, 4)
 
 
 def test_forecast_peak_equals_a_simulation() -> None:

@@ -26,7 +26,7 @@ UNBUILT = {
     "sampling.logprobs": "0",
     "sampling.beam_width": "4",
     "structured": "{choice: [a, b]}",
-    "engine.kv_cache_dtype": "fp8",
+    "engine.kv_cache_dtype": "int8",
     "engine.tensor_parallel_size": "2",
     "output.n_layout": "explode",
     "output.overwrite": "always",

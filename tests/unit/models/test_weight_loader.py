@@ -145,6 +145,10 @@ def test_plain_weights_are_freed_as_they_are_packed(tmp_path: Path) -> None:
     peak = 0
 
     class CopyingOps:
+        @property
+        def layer_ops(self) -> Any:
+            return self
+
         def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Any:
             nonlocal peak
             alive.add(weight_OD)
