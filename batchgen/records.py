@@ -145,6 +145,7 @@ class EngineStats:
     num_finished: int = 0
     prompt_tokens: int = 0  # of admitted prompts, cached ones included
     cached_prompt_tokens: int = 0  # found in the prefix cache, not computed
+    merged_prompts: int = 0  # the same as another one of their window, and not computed
     output_tokens: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0

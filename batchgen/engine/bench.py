@@ -80,8 +80,11 @@ def run_bench(
             f"{requests}: a request of {longest} tokens, prompt and output together, exceeds "
             f"the model's {limit}"
         )
-    if options.max_model_len is None:
-        options = dataclasses.replace(options, max_model_len=longest)
+    options = dataclasses.replace(
+        options,
+        max_model_len=options.max_model_len or longest,
+        merge_duplicates=False,  # every request is worked for
+    )
     out_of_vocabulary = next(
         (i for p in prompts for i in p.token_ids if not 0 <= i < model.vocab_size), None
     )

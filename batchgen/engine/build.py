@@ -146,6 +146,7 @@ def build_engine(
             gpu_blocks=num_blocks,
             cpu_blocks=swap_blocks,
             enable_prefix_caching=options.enable_prefix_caching,
+            merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
         )
     )
     if sampling.stop and decode is None:

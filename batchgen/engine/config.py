@@ -22,6 +22,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     num_gpu_blocks: int | None = None
     enable_prefix_caching: bool = True
+    merge_duplicates: bool = True  # compute equal prompts once, at temperature 0
     max_model_len: int | None = None
     decode_window: int | None = None
     load_format: Literal["auto", "dummy"] = "auto"

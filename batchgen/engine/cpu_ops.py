@@ -56,7 +56,17 @@ class CpuFp8Ops:
 
     def pack_linear(self, weight_OD: Tensor, bias_O: Tensor | None) -> Linear:
         weight, dtype = reference.quantize_rows(weight_OD), weight_OD.dtype
-        return lambda x_TD: reference.scaled_linear(_quantized(x_TD), weight, bias_O, dtype)
+
+        def linear(x_TD: Activation) -> Tensor:
+            rows = _quantized(x_TD)
+            num_rows = len(rows.values_TD)
+            if 0 < num_rows < MIN_ROWS:
+                more = (0, 0, 0, MIN_ROWS - num_rows)
+                values_TD = F.pad(rows.values_TD.view(torch.uint8), more).view(rows.values_TD.dtype)
+                rows = QuantizedRows(values_TD=values_TD, scales_T1=F.pad(rows.scales_T1, more))
+            return reference.scaled_linear(rows, weight, bias_O, dtype)[:num_rows]
+
+        return linear
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> QuantizedRows:
         return _quantized(self._dense.rms_norm(x_TD, weight_D, eps))

@@ -124,6 +124,8 @@ class CudaOps:
             queries: PrefillBatch | LastTokens = batch
             if wanted_T is not None:
                 q_TNH, queries = q_TNH[wanted_T], batch.last
+                if len(wanted_T) == 0:
+                    return q_TNH.flatten(1)
             out_TNH = paged_prefill(
                 q_TNH,
                 k_cache_PKSH,

@@ -75,13 +75,15 @@ class Engine:
             plan = scheduler.schedule(in_flight=bool(in_flight))
             if plan is not None:
                 in_flight.append((plan, self._runner.launch(plan)))
-            if in_flight and (plan is None or self._is_far_ahead(in_flight)):
+            elif exhausted and not in_flight:
+                assert not scheduler.num_live, "sequences are left and none can run"
+                return
+            while in_flight and (plan is None or self._is_far_ahead(in_flight)):
                 finished = self._collect(*in_flight.popleft())
                 if finished:
                     yield finished
-            elif plan is None and exhausted:
-                assert not scheduler.num_live, "sequences are left and none can run"
-                return
+                if plan is None:
+                    break
 
     def _is_far_ahead(self, in_flight: Collection[tuple[StepPlan, StepResult]]) -> bool:
         """Whether the oldest result should be read before more is launched.
@@ -108,7 +110,7 @@ class Engine:
         kept: dict[int, int | None] = dict.fromkeys(rows[~active_B].tolist())
         if self._stop_strings is not None and len(rows):
             kept |= self._stopped_by_strings(self._stop_strings, rows, added_B)
-        return [self._complete(row, count) for row, count in kept.items()]
+        return [c for row, count in kept.items() for c in self._complete(row, count)]
 
     def _stopped_by_strings(
         self, stop_strings: StopStrings, rows: np.ndarray, added_B: np.ndarray
@@ -120,22 +122,31 @@ class Engine:
         pairs = zip(rows.tolist(), counts, strict=True)
         return {row: count for row, count in pairs if count is not None}
 
-    def _complete(self, row: int, count: int | None) -> Completion:
-        """`count`: the tokens kept of a row that a stop string ended, None for all others."""
+    def _complete(self, row: int, count: int | None) -> list[Completion]:
+        """One for each prompt that the row stands for.
+
+        `count`: the tokens kept of a row that a stop string ended, None for all others.
+        """
         tokens = self._outputs.take(row, count)
         item = self._scheduler.finish(row, len(tokens))
-        self._num_finished += 1
+        self._output_tokens += len(tokens) * len(item.duplicates)
         last = int(tokens[-1])
         ends = last in self._stop_token_ids or (
             last in self._eos_token_ids and not item.prompt.ignore_eos
         )
-        return Completion(
-            key=item.prompt.key,
-            token_ids=tokens.tolist(),
-            finish_reason="stop" if ends or count is not None else "length",
-            num_prompt_tokens=item.num_prompt_tokens,
-            seed=item.prompt.seed,
-        )
+        prompts = [item.prompt, *item.duplicates]
+        self._num_finished += len(prompts)
+        token_ids = tokens.tolist()
+        return [
+            Completion(
+                key=prompt.key,
+                token_ids=token_ids,
+                finish_reason="stop" if ends or count is not None else "length",
+                num_prompt_tokens=item.num_prompt_tokens,
+                seed=prompt.seed,
+            )
+            for prompt in prompts
+        ]
 
     def stats(self) -> EngineStats:
         scheduler, counters = self._scheduler, self._scheduler.counters
@@ -146,6 +157,7 @@ class Engine:
             num_finished=self._num_finished,
             prompt_tokens=counters.prompt_tokens,
             cached_prompt_tokens=counters.cached_prompt_tokens,
+            merged_prompts=counters.merged_prompts,
             output_tokens=self._output_tokens,
             prefill_steps=counters.prefill_steps,
             decode_steps=counters.decode_steps,

@@ -23,26 +23,59 @@ def forecast_peak(kv_tokens: Floats, remaining_tokens: Floats) -> float:
 
 
 class OutputLengths:
-    """Learns how long outputs are from the rows that finished."""
+    """Learns how long outputs are while the job runs: a survival curve.
+
+    The rows that end first are the short ones, so their mean alone says too little. A row that
+    still runs, or that max_tokens cut off, counts as longer than what it has.
+    Source: Kaplan and Meier, 1958.
+    """
 
     MIN_SAMPLES = 32
 
     def __init__(self) -> None:
-        self._count = 0
-        self._tokens = 0
+        self._num_ended = 0
+        self._ended = np.zeros(256)  # rows that ended by themselves, by length
+        self._cut = np.zeros(256)  # rows that max_tokens ended
 
-    def add(self, num_tokens: int) -> None:
-        self._count += 1
-        self._tokens += num_tokens
+    def add(self, num_tokens: int, *, is_cut: bool) -> None:
+        if num_tokens >= len(self._ended):
+            more = np.zeros(num_tokens)
+            self._ended, self._cut = (np.append(a, more) for a in (self._ended, self._cut))
+        if is_cut:
+            self._cut[num_tokens] += 1
+        else:
+            self._ended[num_tokens] += 1
+            self._num_ended += 1
 
     def expected_remaining(
         self, generated: Floats, max_tokens: Floats, exact: NDArray[np.bool_]
     ) -> Floats:
         """Tokens still to come, per sequence. `exact` marks those that cannot stop early."""
         left = max_tokens - generated
-        if self._count < self.MIN_SAMPLES:
-            expected = left * 0.5
-        else:
-            mean = self._tokens / self._count
-            expected = np.minimum(np.maximum(mean - generated, 0.25 * mean), left)
+        if self._num_ended < self.MIN_SAMPLES or exact.all():
+            return np.where(exact, left, left * 0.5)
+        open_ended = ~exact
+        survival = self._survival(generated[open_ended], int(max_tokens[open_ended].max()))
+        area = np.concatenate([[0.0], np.cumsum(survival)])
+        begin = np.minimum(generated, len(survival) - 1).astype(np.int64)
+        end = np.minimum(max_tokens, len(survival)).astype(np.int64)
+        expected = np.minimum((area[end] - area[begin]) / survival[begin], left)
         return np.where(exact, left, expected)
+
+    def _survival(self, running: Floats, length: int) -> Floats:
+        """[length]: the share of outputs with more than t tokens, over 0 everywhere.
+
+        Beyond the longest that was seen, tokens end an output as often as on the whole.
+        """
+        size = len(self._ended)
+        running_at = np.bincount(np.minimum(running, size - 1).astype(np.int64), minlength=size)
+        at_risk = np.cumsum((self._ended + self._cut + running_at)[::-1])[::-1]
+        mean_hazard = self._num_ended / at_risk[1:].sum()
+        hazard = np.full(max(length, size), mean_hazard)
+        hazard[0] = 0.0
+        seen = np.flatnonzero(at_risk[1:]) + 1
+        hazard[seen] = self._ended[seen] / at_risk[seen]
+        # Where all that were seen have ended, one more would not end for sure.
+        hazard = np.minimum(hazard, min(max(0.5, mean_hazard), 1 - 1e-9))
+        survival: Floats = np.exp(np.cumsum(np.log1p(-hazard)))[:length]
+        return np.maximum(survival, 1e-12)

@@ -25,12 +25,23 @@ PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 def order_window(window: Sequence[PlannedT]) -> list[PlannedT]:
-    """Groups by first full block (groups in order of appearance), longest first within one."""
-    groups: dict[Hashable, int] = {}
+    """Groups by first full block, longest first within one; groups by their longest, too.
+
+    So the rows that are expected to take longest do not start last.
+    """
+    longest: dict[Hashable, int] = {}
+    arrival: dict[Hashable, int] = {}
     for item in window:
-        groups.setdefault(item.group_key, len(groups))
+        key = item.group_key
+        longest[key] = max(longest.get(key, 0), _length(item))
+        arrival.setdefault(key, len(arrival))
 
-    def key(item: PlannedT) -> tuple[int, int]:
-        return groups[item.group_key], -(item.num_prompt_tokens + item.max_tokens)
+    def rank(item: PlannedT) -> tuple[int, int, int]:
+        return -longest[item.group_key], arrival[item.group_key], -_length(item)
 
-    return sorted(window, key=key)
+    return sorted(window, key=rank)
+
+
+def _length(item: Planned) -> int:
+    """Tokens that it may come to."""
+    return item.num_prompt_tokens + item.max_tokens

@@ -14,7 +14,7 @@ to grow, once so that a sequence of any length can be swapped out to make it roo
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from itertools import islice
 
@@ -73,7 +73,28 @@ class Scheduler:
         """Queues one window of prompts, in the order of the prefix plan."""
         config = self.config
         block_size = config.block_size if config.enable_prefix_caching else None
-        self.waiting.extend(order_window([QueuedPrompt(prompt, block_size) for prompt in prompts]))
+        window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
+        if config.merge_duplicates:
+            window = self._merge_duplicates(window)
+        self.waiting.extend(order_window(window))
+
+    def _merge_duplicates(self, window: list[QueuedPrompt]) -> list[QueuedPrompt]:
+        """The first of each set of equal prompts, with the others attached to it."""
+        alike: defaultdict[tuple[object, ...], list[QueuedPrompt]] = defaultdict(list)
+        for item in window:
+            alike[item.bucket].append(item)
+        kept: list[QueuedPrompt] = []
+        for items in alike.values():
+            first: dict[int, QueuedPrompt] = {}
+            for item in items:
+                ids = item.prompt.token_ids
+                other = first.setdefault(hash(tuple(ids)), item) if len(items) > 1 else item
+                if other is item or other.prompt.token_ids != ids:
+                    kept.append(item)
+                else:
+                    other.duplicates.append(item.prompt)
+        self.counters.merged_prompts += len(window) - len(kept)
+        return kept
 
     @property
     def num_live(self) -> int:
@@ -93,7 +114,12 @@ class Scheduler:
         self.state_R[row] = State.FREE
         self.sequence_id_R[row] = 0
         self._free_rows.append(row)
-        self.output_lengths.add(num_output_tokens)
+        repeated = sequence.num_prompt_tokens * len(sequence.duplicates)
+        self.counters.prompt_tokens += repeated
+        self.counters.cached_prompt_tokens += repeated
+        if not sequence.prompt.ignore_eos:
+            is_cut = num_output_tokens >= sequence.max_tokens
+            self.output_lengths.add(num_output_tokens, is_cut=is_cut)
         return sequence
 
     # -- planning ------------------------------------------------------------------------------
@@ -282,12 +308,14 @@ class Scheduler:
         candidates, new_own = self._candidates()
         rows = self._live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
         block = self.config.block_size
-        own = self.kv_len_R[rows] - self.cached_len_R[rows]
+        # The prompt of a row that is prefilled in part has all of its blocks.
+        kv_len = np.maximum(self.kv_len_R[rows], self.prompt_len_R[rows])
+        own = kv_len - self.cached_len_R[rows]
         held = self.kv.num_blocks_R[rows] - self.cached_len_R[rows] // block
         shared = max(self.kv.gpu.num_used - int(held.sum()), 0)
         capacity = float((self.config.gpu_blocks - shared) * block)
 
-        generated = self.kv_len_R[rows] - self.prompt_len_R[rows]
+        generated = kv_len - self.prompt_len_R[rows]
         max_tokens = np.concatenate(
             [
                 self.stop_len_R[rows] - self.prompt_len_R[rows],
@@ -325,7 +353,11 @@ class Scheduler:
         return self.config.block_size * min(self.kv.cpu.num_free / 2, self.config.gpu_blocks / 10)
 
     def _candidates(self) -> tuple[list[QueuedPrompt], NDArray[np.int64]]:
-        """The next prompts, at most a step's worth, and the tokens of each that are not cached."""
+        """The next prompts, at most what a step or the free KV holds, and the tokens of each that
+        are not cached."""
+        room = min(
+            self.config.max_num_batched_tokens, self.kv.gpu.num_free * self.config.block_size
+        )
         candidates, own, total = [], [], 0
         for item in islice(self.waiting, len(self._free_rows)):
             item.make_hashes(self._last_hashed)
@@ -334,7 +366,7 @@ class Scheduler:
             candidates.append(item)
             own.append(item.num_prompt_tokens - cached)
             total += own[-1]
-            if total >= self.config.max_num_batched_tokens:
+            if total >= room:
                 break
         return candidates, np.array(own, dtype=np.int64)
 

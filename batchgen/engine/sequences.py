@@ -26,6 +26,7 @@ class SchedulerConfig:
     gpu_blocks: int
     cpu_blocks: int
     enable_prefix_caching: bool
+    merge_duplicates: bool  # a completion is a function of the prompt alone
 
 
 class State(IntEnum):
@@ -38,7 +39,7 @@ class State(IntEnum):
 
 
 class QueuedPrompt:
-    """A prompt from its arrival to its end.
+    """A prompt from its arrival to its end, with those that have the same completion.
 
     A window of prompts arrives at once, and the device waits for the first of them: what takes
     time for each token is made when the prompt's turn comes, while the device is busy.
@@ -47,6 +48,7 @@ class QueuedPrompt:
     def __init__(self, prompt: Prompt, hash_block_size: int | None) -> None:
         """`hash_block_size` is None where prefixes are not cached."""
         self.prompt = prompt
+        self.duplicates: list[Prompt] = []
         self.num_prompt_tokens = len(prompt.token_ids)
         self.num_computed = 0  # tokens, by the steps planned so far; the cached prefix included
         self._hash_block_size = hash_block_size
@@ -55,6 +57,13 @@ class QueuedPrompt:
     @property
     def max_tokens(self) -> int:
         return self.prompt.max_tokens
+
+    @property
+    def bucket(self) -> tuple[object, ...]:
+        """The same for equal prompts, and cheap; most others have another one."""
+        ids = self.prompt.token_ids
+        few = ids[:: max(1, len(ids) // 16)]
+        return len(ids), self.max_tokens, self.prompt.ignore_eos, *few, ids[-1]
 
     @property
     def group_key(self) -> tuple[int, ...]:
@@ -91,6 +100,7 @@ class SchedulerCounters:
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    merged_prompts: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
     swapped_out_blocks: int = 0

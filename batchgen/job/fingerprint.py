@@ -45,7 +45,12 @@ def job_fingerprint(
             **model,
         },
         "sampling": spec.sampling.model_dump(mode="json"),
-        "engine": spec.engine.model_dump(mode="json", include={"kv_cache_dtype"}),
+        # Of the engine's keys, the one that changes what is computed; not where it changes nothing.
+        **(
+            {"engine": {"kv_cache_dtype": spec.engine.kv_cache_dtype}}
+            if spec.engine.kv_cache_dtype != "auto"
+            else {}
+        ),
         "structured": spec.model_dump(mode="json", include={"structured"})["structured"],
         "output": {
             **spec.output.model_dump(mode="json", include={"format", "columns", "n_layout"}),

@@ -63,7 +63,11 @@ def _speed(run: RunSummary, engine: EngineStats) -> str:
 
 def _kv(engine: EngineStats) -> str:
     hits = engine.cached_prompt_tokens / engine.prompt_tokens if engine.prompt_tokens else 0.0
+    merged = (
+        f"{engine.merged_prompts:,} duplicates computed once, " if engine.merged_prompts else ""
+    )
     return (
         f"KV: {engine.kv_waste:.1%} wasted, {hits:.0%} of prompt tokens from the prefix cache, "
+        f"{merged}"
         f"{engine.swapped_out_blocks:,} blocks swapped out and {engine.swapped_in_blocks:,} in"
     )

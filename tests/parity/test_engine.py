@@ -6,6 +6,7 @@ sequences are swapped to the host and back.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -127,3 +128,23 @@ def test_tokens_do_not_depend_on_how_the_engine_runs(llama: Path, temperature: f
     if temperature:
         distinct = {tuple(c.token_ids) for c in base.values()}
         assert len(distinct) > 30
+
+
+def test_equal_prompts_have_equal_completions_and_are_computed_once(llama: Path) -> None:
+    once = prompts_for(10, max_tokens=12, ignore_eos=False)
+    again = [
+        dataclasses.replace(prompt, key=RowKey(unit_id=1, index=10 + i), seed=100 + i)
+        for i, prompt in enumerate(once)
+    ]
+    engine = engine_for(llama, SamplingOptions(eos_token_ids=(2,)))
+    both = complete(engine, [*once, *again])
+    stats, given = engine.stats(), sum(len(prompt.token_ids) for prompt in once)
+    assert stats.merged_prompts == 10
+    assert stats.prompt_tokens == 2 * given
+    assert stats.prompt_tokens - stats.cached_prompt_tokens <= given
+    for index, prompt in enumerate(again):
+        assert both[10 + index].token_ids == both[index].token_ids
+        assert both[10 + index].seed == prompt.seed
+    drawn = engine_for(llama, SamplingOptions(temperature=0.8))
+    complete(drawn, [*once, *again])
+    assert drawn.stats().merged_prompts == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.engine.forecast import forecast_peak
+from batchgen.engine.forecast import OutputLengths, forecast_peak
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
@@ -28,6 +29,7 @@ def config(**changes: int | bool) -> SchedulerConfig:
         "gpu_blocks": 64,
         "cpu_blocks": 64,
         "enable_prefix_caching": True,
+        "merge_duplicates": False,
     }
     return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -130,8 +132,10 @@ class StandInDevice:
         return made
 
 
-def run(scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int]) -> dict[int, int]:
-    """Runs all prompts, reading results one step late as the engine does on a GPU."""
+def run(
+    scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int], lateness: int = 1
+) -> dict[int, int]:
+    """Runs all prompts, reading results some steps late as the engine does on a GPU."""
     device = StandInDevice(scheduler, lengths)
     scheduler.add(prompts)
     generated: dict[int, int] = dict.fromkeys(range(len(prompts)), 0)
@@ -142,7 +146,7 @@ def run(scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int]) ->
         if plan is not None:
             scheduler.check_integrity()
             in_flight.append((plan, device.launch(plan)))
-        if in_flight and (plan is None or len(in_flight) > 1):
+        if in_flight and (plan is None or len(in_flight) > lateness):
             done, made = in_flight.pop(0)
             for row, sequence_id in zip(done.rows.tolist(), done.sequence_ids, strict=True):
                 if scheduler.sequence_id_R[row] != sequence_id:
@@ -237,10 +241,17 @@ def test_forecast_peak_equals_a_simulation() -> None:
     cpu_blocks=st.sampled_from([0, 8, 16, 40, 300]),
     window=st.sampled_from([1, 4, 16]),
     caching=st.booleans(),
-    batched=st.sampled_from([7, 64, 512]),
+    batched=st.sampled_from([7, 24, 64, 512]),
+    lateness=st.sampled_from([0, 1, 4]),
 )
 def test_any_job_ends_with_every_token_right(
-    seed: int, gpu_blocks: int, cpu_blocks: int, window: int, caching: bool, batched: int
+    seed: int,
+    gpu_blocks: int,
+    cpu_blocks: int,
+    window: int,
+    caching: bool,
+    batched: int,
+    lateness: int,
 ) -> None:
     rng = random.Random(seed)
     prefixes = [[rng.randrange(50) for _ in range(rng.choice([0, 3, 9, 17]))] for _ in range(3)]
@@ -260,6 +271,17 @@ def test_any_job_ends_with_every_token_right(
             max_num_batched_tokens=batched,
         )
     )
+    scheduler.output_lengths.MIN_SAMPLES = 2
+    assert run(scheduler, prompts, lengths, lateness) == lengths
+
+
+def test_a_forecast_is_made_while_a_prompt_is_prefilled_in_part() -> None:
+    rng = random.Random(3)
+    prompts, lengths = [], {}
+    for i in range(200):
+        prompts.append(prompt(i, [rng.randrange(50) for _ in range(rng.randint(5, 20))], 30))
+        lengths[i] = rng.randint(1, 20)
+    scheduler = Scheduler(config(max_num_batched_tokens=24))
     assert run(scheduler, prompts, lengths) == lengths
 
 
@@ -289,3 +311,92 @@ def test_planning_a_window_takes_little_and_does_not_loop_over_sequences(batch: 
         assert plan.decode is not None
         assert len(plan.decode.rows) == batch
     assert sorted(times)[10] < 0.005
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    scheduler = Scheduler(config(merge_duplicates=True))
+    prompts = [prompt(i, [5, 6, 7, i % 3], 4) for i in range(9)]
+    prompts += [prompt(9, [5, 6, 7, 0], 5), prompt(10, [5, 6, 7, 0], 4, ignore_eos=True)]
+    scheduler.add(prompts)
+    assert scheduler.counters.merged_prompts == 6
+    together = {
+        (item.prompt.key.index, *(other.key.index for other in item.duplicates))
+        for item in scheduler.waiting
+    }
+    assert together == {(0, 3, 6), (1, 4, 7), (2, 5, 8), (9,), (10,)}
+
+
+def test_the_longest_rows_do_not_start_last() -> None:
+    rng = random.Random(0)
+    scheduler = Scheduler(config())
+    scheduler.add(prompt(i, [i] * rng.randint(4, 20), rng.randint(1, 40)) for i in range(100))
+    lengths = [item.num_prompt_tokens + item.max_tokens for item in scheduler.waiting]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_rows_that_share_a_prefix_stay_together_longest_first() -> None:
+    scheduler = Scheduler(config())
+    prefixes = [[1] * 4, [2] * 4, [3] * 4]
+    scheduler.add(prompt(i, prefixes[i % 3] + [9] * (i % 7), 5) for i in range(30))
+    order = [(int(item.token_ids[0]), item.num_prompt_tokens) for item in scheduler.waiting]
+    groups = [prefix for prefix, _ in order]
+    assert sum(a != b for a, b in itertools.pairwise(groups)) == 2
+    for prefix in (1, 2, 3):
+        lengths = [length for group, length in order if group == prefix]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def outputs_seen_until(
+    step: int, lengths: np.ndarray, limit: int
+) -> tuple[OutputLengths, np.ndarray]:
+    """What is known of rows that all began at step 0: those that ended, and those that run."""
+    learned = OutputLengths()
+    for length in lengths[lengths <= step]:
+        learned.add(int(min(length, limit)), is_cut=bool(length >= limit))
+    return learned, np.full(int((lengths > step).sum()), step)
+
+
+@pytest.mark.parametrize("step", [30, 60, 100])
+def test_forecast_learns_from_rows_that_still_run(step: int) -> None:
+    """Half of the outputs have about 20 tokens, half 100: the short ones end first."""
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(10, 30, 2000), rng.integers(80, 120, 2000)
+    lengths = rng.permutation(np.concatenate([short, long]))
+    learned, running = outputs_seen_until(step, lengths, limit=200)
+    generated = np.append(running, 0)
+    got = learned.expected_remaining(
+        generated, np.full(len(generated), 200), np.zeros(len(generated), dtype=np.bool_)
+    )
+    ended = lengths[lengths <= step].mean()
+    assert got[-1] > (ended + lengths.mean()) / 2, "a new row is taken for one of those that ended"
+    assert got[-1] < 1.3 * lengths.mean()
+    if step == 100:
+        assert got[-1] == pytest.approx(lengths.mean(), rel=0.2)
+
+
+def test_forecast_of_rows_that_max_tokens_cuts_off() -> None:
+    learned = OutputLengths()
+    for index in range(400):
+        is_cut = index % 2 == 0
+        learned.add(50 if is_cut else 10, is_cut=is_cut)
+    got = learned.expected_remaining(
+        np.array([0, 0, 20]), np.array([50, 30, 50]), np.array([False, False, False])
+    )
+    assert got == pytest.approx([30, 20, 30], rel=0.05)
+
+
+def test_forecast_of_rows_that_all_end_with_their_first_token() -> None:
+    learned = OutputLengths()
+    for _ in range(40):
+        learned.add(1, is_cut=False)
+    got = learned.expected_remaining(np.array([0]), np.array([50]), np.array([False]))
+    assert got == pytest.approx([1], abs=0.01)
+
+
+def test_forecast_of_exact_rows_is_exact() -> None:
+    learned = OutputLengths()
+    for _ in range(100):
+        learned.add(5, is_cut=False)
+    got = learned.expected_remaining(np.array([3, 3]), np.array([90, 90]), np.array([True, False]))
+    assert got[0] == 87
+    assert 0 < got[1] < 10

@@ -40,7 +40,7 @@ def fingerprint(spec, files=FILES, model=MODEL, schema="AAAA"):
         ("prompt.overflow=truncate_end", "prompt.overflow: 'dead_letter' -> 'truncate_end'"),
         ("model.dtype=float32", "model.dtype: 'auto' -> 'float32'"),
         ("model.quantization=fp8", "model.quantization: None -> 'fp8'"),
-        ("engine.kv_cache_dtype=fp8", "engine.kv_cache_dtype: 'auto' -> 'fp8'"),
+        ("engine.kv_cache_dtype=fp8", "engine: added {'kv_cache_dtype': 'fp8'}"),
         ("model.max_model_len=64", "model.max_model_len: None -> 64"),
         ("input.limit=5", "input.limit: None -> 5"),
         ("input.format=csv", "input.format: 'auto' -> 'csv'"),
