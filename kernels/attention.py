@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchgen.kernels.fp8 import FP8
+
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CACHE_DTYPE_FP8 = torch.float8_e4m3fn
 _INTERPRETER_PROCESSORS = 4  # stands for a GPU's multiprocessors where there is none
 
 
@@ -164,7 +165,7 @@ def check_query(q_TNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor) -> No
     """
     _, num_kv_heads, block_size, head_size = k_cache_PKSH.shape
     assert q_TNH.dtype in DTYPES, f"no kernel for {q_TNH.dtype}"
-    assert k_cache_PKSH.dtype in (q_TNH.dtype, CACHE_DTYPE_FP8), "the cache's dtype is not q's"
+    assert k_cache_PKSH.dtype in (q_TNH.dtype, FP8), "the cache's dtype is not q's"
     assert k_cache_PKSH.dtype == v_cache_PKSH.dtype, "k and v caches differ in dtype"
     assert k_cache_PKSH.shape == v_cache_PKSH.shape, "k and v caches differ in shape"
     assert k_cache_PKSH.stride() == v_cache_PKSH.stride(), "k and v caches differ in strides"

@@ -24,7 +24,7 @@ from batchgen.engine.config import Quantization
 from batchgen.engine.inputs import DecodeBatch, PrefillBatch, SlotState, StepBatch
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.kernels import native, reference
-from batchgen.kernels.fp8 import QuantizedRows
+from batchgen.kernels.fp8 import FP8, QuantizedRows
 from batchgen.models.config import ModelConfig
 from batchgen.models.ops import Activation, LayerOps, Linear
 
@@ -48,6 +48,13 @@ class _Group:
     mask_B1QL: Tensor  # additive, in the dtype of the queries
 
 
+def _fill_up(x_TD: Tensor, min_rows: int) -> Tensor:
+    """x_TD, with rows of zeros below it where it has some, but fewer than `min_rows`."""
+    if not 0 < len(x_TD) < min_rows:
+        return x_TD
+    return F.pad(x_TD, (0, 0, 0, min_rows - len(x_TD)))
+
+
 class CpuFp8Ops:
     """Implements models.ops.LayerOps by what fp8 means: saves memory here, and no time."""
 
@@ -59,12 +66,12 @@ class CpuFp8Ops:
 
         def linear(x_TD: Activation) -> Tensor:
             rows = _quantized(x_TD)
-            num_rows = len(rows.values_TD)
-            if 0 < num_rows < MIN_ROWS:
-                more = (0, 0, 0, MIN_ROWS - num_rows)
-                values_TD = F.pad(rows.values_TD.view(torch.uint8), more).view(rows.values_TD.dtype)
-                rows = QuantizedRows(values_TD=values_TD, scales_T1=F.pad(rows.scales_T1, more))
-            return reference.scaled_linear(rows, weight, bias_O, dtype)[:num_rows]
+            padded = QuantizedRows(
+                values_TD=_fill_up(rows.values_TD.view(torch.uint8), MIN_ROWS).view(FP8),
+                scales_T1=_fill_up(rows.scales_T1, MIN_ROWS),
+            )
+            y_TO = reference.scaled_linear(padded, weight, bias_O, dtype)
+            return y_TO[: len(rows.values_TD)]
 
         return linear
 
@@ -124,15 +131,13 @@ class CpuOps:
 
         def linear(x_TD: Activation) -> Tensor:
             assert isinstance(x_TD, Tensor)
-            num_rows = len(x_TD)
-            if 0 < num_rows < min_rows:
-                x_TD = F.pad(x_TD, (0, 0, 0, min_rows - num_rows))
+            padded = _fill_up(x_TD, min_rows)
             y_TO: Tensor
             if is_packed:
-                y_TO = torch.ops.mkldnn._linear_pointwise(x_TD, weight_OD, bias_O, "none", [], "")
+                y_TO = torch.ops.mkldnn._linear_pointwise(padded, weight_OD, bias_O, "none", [], "")
             else:
-                y_TO = F.linear(x_TD, weight_OD, bias_O)
-            return y_TO[:num_rows]
+                y_TO = F.linear(padded, weight_OD, bias_O)
+            return y_TO[: len(x_TD)]
 
         return linear
 

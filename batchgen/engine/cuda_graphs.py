@@ -37,7 +37,6 @@ class StepGraphs:
             self._capture(size, has_prefix=False)
             if size >= min_prefix_rows:
                 self._capture(size, has_prefix=True)
-        torch.cuda.synchronize()
 
     def replay(self, size: int, *, has_prefix: bool) -> None:
         self._graphs[size, has_prefix].replay()

@@ -29,17 +29,13 @@ def order_window(window: Sequence[PlannedT]) -> list[PlannedT]:
 
     So the rows that are expected to take longest do not start last.
     """
-    longest: dict[Hashable, int] = {}
-    arrival: dict[Hashable, int] = {}
+    groups: dict[Hashable, list[PlannedT]] = {}
     for item in window:
-        key = item.group_key
-        longest[key] = max(longest.get(key, 0), _length(item))
-        arrival.setdefault(key, len(arrival))
-
-    def rank(item: PlannedT) -> tuple[int, int, int]:
-        return -longest[item.group_key], arrival[item.group_key], -_length(item)
-
-    return sorted(window, key=rank)
+        groups.setdefault(item.group_key, []).append(item)
+    for members in groups.values():
+        members.sort(key=_length, reverse=True)
+    ordered = sorted(groups.values(), key=lambda members: _length(members[0]), reverse=True)
+    return [item for members in ordered for item in members]
 
 
 def _length(item: Planned) -> int:
