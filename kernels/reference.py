@@ -2,12 +2,13 @@
 
 T tokens, B sequences (batch rows), R slots, N query heads, K kv heads, H head size, D hidden,
 I intermediate, V vocabulary, P blocks, S block size, C columns of a fused matrix, M positions,
-X blocks of a table row, G groups.
+X blocks of a table row, G groups, W tiles of a vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,7 +19,13 @@ from batchgen.kernels.fp8 import FP8, FP8_MAX, MIN_AMAX, QuantizedRows
 
 # ---- element-wise and sampling ------------------------------------------------------------------
 
-_TILE = 24576  # logits of an operation: stays in cache, and under what torch spreads over threads
+# A sampler's tile: runs of neighbouring tokens, each BLOCK_TILES runs from the next.
+TILE_RUN = 8
+TILE_RUNS = 8
+TILE_SIZE = TILE_RUN * TILE_RUNS
+BLOCK_TILES = 128
+MAX_DRAWS = 1 << 14  # of one row; that so many are dropped is less likely than 1e-99
+
 _ROWS_PER_TASK = 8
 _FEW_CANDIDATES = (1024, 8192)  # top_p sorts that many of the largest logits before it sorts all
 
@@ -113,27 +120,28 @@ def _mix64(z: Tensor) -> Tensor:
 
 
 def noise_keys(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
-    """The int64 key of each row's draw: all that its randomness depends on."""
+    """The int64 key of each row's first draw: all that its randomness depends on."""
     return _mix64(_mix64(seeds_B) + positions_B.long() * -0x61C8864680B583EB)
 
 
-def noise_bits(
-    keys_B: Tensor, token_ids_V: Tensor, *, out: Tensor | None = None, scratch: Tensor | None = None
-) -> Tensor:
-    """31 random bits for each row and token id (int32): int32 >= 0, [B, V]."""
+def next_noise_keys(keys_B: Tensor) -> Tensor:
+    """The key of each row's draw after one that was dropped."""
+    return _mix64(keys_B - 0x61C8864680B583EB)
+
+
+def noise_bits(keys_B: Tensor, counters_C: Tensor) -> Tensor:
+    """31 random bits for each row and counter (int32: a token id, or -1 - tile): int32, [B, C]."""
     keys_B1 = keys_B[:, None]
-    x = torch.bitwise_xor(token_ids_V, keys_B1.to(torch.int32), out=out)
-    shifted = torch.bitwise_right_shift(x, 16, out=scratch).bitwise_and_(0xFFFF)
-    x.bitwise_xor_(shifted).mul_(0x7FEB352D).bitwise_xor_((keys_B1 >> 32).to(torch.int32))
-    torch.bitwise_right_shift(x, 15, out=shifted)
-    x.bitwise_xor_(shifted.bitwise_and_(0x1FFFF)).mul_(-0x7B935975)
-    return x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted))
+    x = counters_C ^ keys_B1.to(torch.int32)
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = x ^ (keys_B1 >> 32).to(torch.int32)
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7B935975
+    return x ^ (x >> 16)
 
 
-def log_exponential(bits: Tensor, *, out: Tensor | None = None) -> Tensor:
+def log_exponential(bits: Tensor) -> Tensor:
     """log(E), E = -log(1 - u), with u = (bits + 0.5) / 2^31 kept below one: minus a Gumbel."""
-    u = bits.float() if out is None else out.copy_(bits)
-    return u.add_(0.5).mul_(2.0**-55 - 2.0**-31).log1p_().neg_().log_()
+    return bits.float().add_(0.5).mul_(2.0**-55 - 2.0**-31).log1p_().neg_().log_()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,24 +153,18 @@ class Filters:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def keeps_less_than(self, vocabulary: int) -> bool:
-        """Whether a row's tokens are filtered before the draw."""
-        return self.temperature > 0.0 and (
-            0 < self.top_k < vocabulary or self.top_p < 1.0 or self.min_p > 0.0
-        )
 
-
-def keep_threshold(x_V: Tensor, filters: Filters) -> float:
-    """The logit at and above which top_k, then top_p, then min_p keep a token."""
+def keep_thresholds(x_V: Tensor, filters: Filters) -> tuple[float, float]:
+    """The logits at and above which a token is kept: by top_k and min_p; by these and top_p."""
     temperature = filters.temperature
     row_max = float(x_V.amax())
     threshold = -math.inf
     if 0 < filters.top_k < len(x_V):
         threshold = float(x_V.topk(filters.top_k).values[-1])
+    top_p_threshold = threshold
     if filters.top_p < 1.0:
-        kept = x_V if threshold == -math.inf else x_V[~(x_V < threshold)]
-        masses = (_mass(tile, row_max, temperature).sum() for tile in kept.split(_TILE))
-        target = filters.top_p * float(sum(masses))
+        kept = x_V if threshold == -math.inf else x_V[x_V >= threshold]
+        target = filters.top_p * float(_mass(kept, row_max, temperature).sum())
         for num_candidates in (*_FEW_CANDIDATES, len(kept)):
             largest = kept.topk(min(num_candidates, len(kept))).values
             mass = _mass(largest, row_max, temperature)
@@ -171,10 +173,10 @@ def keep_threshold(x_V: Tensor, filters: Filters) -> float:
                 break
         # A token stays while the mass of those above it falls short of the target.
         num_kept = int((cumulated - mass < target).sum())
-        threshold = float(largest[max(num_kept, 1) - 1])
+        top_p_threshold = float(largest[max(num_kept, 1) - 1])
     if filters.min_p > 0.0:
         threshold = max(threshold, row_max + temperature * math.log(filters.min_p))
-    return threshold
+    return threshold, max(threshold, top_p_threshold)
 
 
 def _mass(x: Tensor, row_max: float, temperature: float) -> Tensor:
@@ -182,44 +184,55 @@ def _mass(x: Tensor, row_max: float, temperature: float) -> Tensor:
 
 
 class _RowSampler:
-    """Draws row after row in one thread; owns that thread's buffers, of a tile each.
+    """Draws row after row in one thread; owns that thread's buffers, of a row each.
 
     Fresh memory for every operation would double the time of a draw.
     """
 
-    def __init__(self, token_ids_V: Tensor, filters: Filters) -> None:
+    def __init__(self, vocabulary: int, filters: Filters, device: torch.device) -> None:
         self._filters = filters
-        self._token_ids_tiles = token_ids_V.split(_TILE)
-        size = len(self._token_ids_tiles[0])
-        device = token_ids_V.device
-        self._bits, self._scratch = torch.empty((2, 1, size), dtype=torch.int32, device=device)
-        self._noise = torch.empty((1, size), device=device)
+        num_blocks = -(-vocabulary // (BLOCK_TILES * TILE_SIZE))
+        self._shape = (num_blocks, TILE_RUNS, BLOCK_TILES, TILE_RUN)
+        size = math.prod(self._shape)
+        self._token_ids = torch.arange(size, dtype=torch.int32, device=device).view(self._shape)
+        self._counters_W = -1 - self._token_ids.view(-1)[: size // TILE_SIZE]
+        self._row = torch.full((size,), -torch.inf, device=device)
+        self._weights = torch.empty((size,), device=device)
 
     def draw(self, logits_V: Tensor, key: Tensor) -> int:
-        """The token id with the highest score, the lowest of a tie. `key` is of shape [1]."""
-        if self._filters.keeps_less_than(len(logits_V)):
-            x = logits_V.float()
-            dropped = x < keep_threshold(x, self._filters)
-            kept = dropped.logical_not_().nonzero()[:, 0].int()  # a row of NaN keeps all
-            noise = log_exponential(noise_bits(key, kept))[0]
-            return int(kept[torch.sub(x[kept], noise, alpha=self._filters.temperature).argmax()])
-        best, best_id, start = -math.inf, 0, 0
-        for tile, token_ids in zip(logits_V.split(_TILE), self._token_ids_tiles, strict=True):
-            scores = tile.float()
-            if self._filters.temperature > 0.0:
-                scores = self._add_noise(scores, token_ids, key)
-            highest = float(scores.amax())
-            if highest > best:
-                best, best_id = highest, start + int(scores.argmax())
-            start += len(tile)
-        return best_id
+        """A token id. `key` is of shape [1]."""
+        x_V = self._row[: len(logits_V)]
+        torch.nan_to_num(logits_V.float(), -torch.inf, torch.inf, -torch.inf, out=x_V)
+        row_max = float(x_V.amax())
+        temperature = self._filters.temperature
+        if temperature == 0.0 or math.isinf(row_max):
+            return int(x_V.argmax())
+        lowest, threshold = keep_thresholds(x_V, self._filters)
+        maxima_W = self._over_tiles(self._row, torch.amax)
+        torch.sub(self._row, row_max, out=self._weights).mul_(1.0 / temperature).exp_()
+        log_sums_W = self._over_tiles(self._weights, torch.sum).log_()
+        log_sums_W.mul_(temperature).add_(row_max).masked_fill_(maxima_W < lowest, -torch.inf)
+        token = 0
+        for _ in range(MAX_DRAWS):
+            tile = self._best(log_sums_W, self._counters_W, key)
+            block, place = divmod(tile, BLOCK_TILES)
+            ids = self._token_ids[block, :, place].flatten()
+            token = int(ids[self._best(self._row[ids], ids, key)])
+            logit = float(self._row[token])
+            if logit >= threshold:
+                break
+            log_sums_W.masked_fill_(maxima_W <= logit, -torch.inf)
+            key = next_noise_keys(key)
+        return token
 
-    def _add_noise(self, x: Tensor, token_ids: Tensor, key: Tensor) -> Tensor:
-        size = len(x)
-        scratch = self._scratch[:, :size]
-        bits = noise_bits(key, token_ids, out=self._bits[:, :size], scratch=scratch)
-        noise = log_exponential(bits, out=self._noise[:, :size])[0]
-        return torch.sub(x, noise, alpha=self._filters.temperature, out=noise)
+    def _over_tiles(self, values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        # Over a tile's runs first: that is the cheap direction.
+        over_runs = reduce(values.view(self._shape), dim=1)
+        return reduce(over_runs, dim=-1).flatten()
+
+    def _best(self, values_C: Tensor, counters_C: Tensor, key: Tensor) -> int:
+        noise = log_exponential(noise_bits(key, counters_C))[0]
+        return int(torch.sub(values_C, noise, alpha=self._filters.temperature).argmax())
 
 
 def sample(
@@ -232,19 +245,20 @@ def sample(
     top_p: float,
     min_p: float,
 ) -> Tensor:
-    """One token id a row, int64 [B]: the argmax of x - temperature * log(E) over what is kept.
+    """One token id a row, int64 [B]: Gumbel-max over tiles, then over the tokens of one.
 
-    temperature 0 is argmax, the lowest id of a tie. Logits of any float dtype; not changed.
+    A draw of a token that is not kept is repeated with other noise; one that top_p drops bounds
+    what is drawn after it from below. temperature 0 is argmax, the lowest id of a tie. Logits of
+    any float dtype; not changed.
     Rows are spread over threads, not operations: a barrier an operation would cost more than the
     arithmetic whenever another thread of the run has the second core.
     """
     batch, vocabulary = logits_BV.shape
     filters = Filters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    token_ids_V = torch.arange(vocabulary, dtype=torch.int32, device=logits_BV.device)
     keys_B1 = noise_keys(seeds_B, positions_B)[:, None]
 
     def draw_rows(start: int) -> list[int]:
-        sampler = _RowSampler(token_ids_V, filters)
+        sampler = _RowSampler(vocabulary, filters, logits_BV.device)
         rows = range(start, min(start + _ROWS_PER_TASK, batch))
         return [sampler.draw(logits_BV[row], keys_B1[row]) for row in rows]
 

@@ -3,12 +3,13 @@
     python tests/kernels/bench_elementwise.py
 
 One row an op and shape: median time, GB/s of the bytes that the op must move, their share of the
-copy's, and the median time of torch's way. Sampling with filters reads the logits several times:
-its GB/s counts one reading.
+copy's, and the median time of torch's way. Sampling is timed with flat logits (a deviation of 1)
+and with peaked ones; a filter may read parts of them again: its GB/s counts one reading.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from torch.nn import functional
 from triton.testing import do_bench
 
 from batchgen.kernels import cases, reference
-from batchgen.kernels.cases import HeadShape, random_tensor
+from batchgen.kernels.cases import HeadShape
 from batchgen.kernels.kv_write import kv_write
 from batchgen.kernels.penalties import apply_penalties
 from batchgen.kernels.reference import Filters
@@ -173,24 +174,24 @@ def bench_sample(report: Report) -> None:
         Filters(temperature=0.8, top_p=0.95),
         Filters(temperature=0.8, top_k=50, top_p=0.95, min_p=0.01),
     )
-    for vocabulary in (49152, 128256, 151936):
-        for batch in (1, 64, 1024):
-            logits = random_tensor(batch, vocabulary, dtype=DTYPE, device="cuda", scale=3.0)
-            seeds = torch.arange(batch, device="cuda")
-            for filters in settings:
-                keywords = {
-                    "temperature": filters.temperature,
-                    "top_k": filters.top_k,
-                    "top_p": filters.top_p,
-                    "min_p": filters.min_p,
-                }
-                report.row(
-                    f"sample {tuple(keywords.values())}",
-                    f"{batch} x {vocabulary}",
-                    logits.numel() * logits.element_size(),
-                    lambda x=logits, s=seeds, k=keywords: sample(x, s, s, **k),
-                    lambda x=logits, f=filters: torch_draw(x, f),
-                )
+    shapes = itertools.product((49152, 128256, 151936), (1, 64, 1024), (1, 4))
+    for vocabulary, batch, deviation in shapes:
+        logits = normal(batch, vocabulary) * deviation
+        seeds = torch.arange(batch, device="cuda")
+        for filters in settings:
+            keywords = {
+                "temperature": filters.temperature,
+                "top_k": filters.top_k,
+                "top_p": filters.top_p,
+                "min_p": filters.min_p,
+            }
+            report.row(
+                f"sample {tuple(keywords.values())}, deviation {deviation}",
+                f"{batch} x {vocabulary}",
+                logits.numel() * logits.element_size(),
+                lambda x=logits, s=seeds, k=keywords: sample(x, s, s, **k),
+                lambda x=logits, f=filters: torch_draw(x, f),
+            )
 
 
 def bench_penalties(report: Report) -> None:

@@ -19,8 +19,9 @@ from transformers.generation.logits_process import (
 
 from batchgen.kernels import cases, reference
 from batchgen.kernels.cases import FILTERS, random_tensor
+from batchgen.kernels.noise import next_noise_key, noise_bits, noise_key
 from batchgen.kernels.reference import Filters
-from batchgen.kernels.sample import noise_bits, noise_key, sample
+from batchgen.kernels.sample import sample
 
 DTYPES = cases.dtypes_for("cuda" if torch.cuda.is_available() else "cpu")
 SAMPLERS = [sample, reference.sample]
@@ -77,7 +78,7 @@ def test_reference_keeps_what_transformers_keeps(
     logits_BV = random_tensor(6, vocabulary, dtype=torch.float64, device=device, scale=3.0)
     expected = kept_by_transformers(logits_BV, filters)
     thresholds = torch.tensor(
-        [reference.keep_threshold(row, filters) for row in logits_BV], device=device
+        [reference.keep_thresholds(row, filters)[1] for row in logits_BV], device=device
     )
     assert torch.equal(logits_BV >= thresholds[:, None], expected)
 
@@ -104,54 +105,69 @@ def test_every_kept_token_is_drawn_and_no_other(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("vocabulary", [50, 10_001])
+@pytest.mark.parametrize("vocabulary", [1, 7, 50, 10_001])
 def test_sample(vocabulary: int, filters: Filters, dtype: torch.dtype, device: str) -> None:
-    batch = 4
-    logits_BV = random_tensor(batch, vocabulary, dtype=dtype, device=device, scale=3.0)
-    settings = rows(batch, device)
+    logits_BV = random_tensor(4, vocabulary, dtype=dtype, device=device, scale=3.0)
+    settings = rows(4, device)
     tokens_B = draw(sample, logits_BV, settings, filters)
     assert tokens_B.dtype == torch.int64
-    expected_B = draw(reference.sample, logits_BV, settings, filters)
-    for row in (tokens_B != expected_B).nonzero()[:, 0].tolist():
-        # Scores that differ by less than a float's rounding may fall either way.
-        scores = scores_of(logits_BV[row], settings[0][row], settings[1][row], filters)
-        gap = float(scores[expected_B[row]] - scores[tokens_B[row]])
-        assert 0.0 <= gap < 1e-4
+    assert torch.equal(tokens_B, draw(reference.sample, logits_BV, settings, filters))
 
 
-def scores_of(logits_V: Tensor, seed: Tensor, position: Tensor, filters: Filters) -> Tensor:
-    token_ids_V = torch.arange(len(logits_V), dtype=torch.int32, device=logits_V.device)
-    bits = reference.noise_bits(reference.noise_keys(seed[None], position[None]), token_ids_V)[0]
-    scores = logits_V.float() - filters.temperature * reference.log_exponential(bits)
-    kept = kept_by_transformers(logits_V[None], filters)[0]
-    return scores.masked_fill(~kept, -torch.inf)
+@pytest.mark.parametrize(
+    ("filters", "scale"),
+    [
+        (Filters(temperature=0.0), 1.0),
+        (Filters(temperature=0.8), 1.0),
+        (Filters(top_k=50), 0.0),
+        (Filters(top_k=50), 4.0),
+        (Filters(top_p=0.95), 1.0),
+        (Filters(top_p=0.95), 4.0),
+        (Filters(top_k=3000, top_p=0.95, min_p=0.001), 1.0),
+    ],
+    ids=str,
+)
+def test_sample_of_a_large_vocabulary(filters: Filters, scale: float, device: str) -> None:
+    """Flat logits, for which every tile counts, and peaked ones, for which few do."""
+    logits_BV = random_tensor(2, 151_936, dtype=torch.float16, device=device, scale=scale)
+    settings = rows(2, device)
+    tokens_B = draw(sample, logits_BV, settings, filters)
+    assert torch.equal(tokens_B, draw(reference.sample, logits_BV, settings, filters))
 
 
 @triton.jit
 def _noise_kernel(seeds_ptr, positions_ptr, out_ptr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    ids = tl.arange(0, BLOCK)
+    lanes = tl.arange(0, BLOCK)
     key = noise_key(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
-    tl.store(out_ptr + row * BLOCK + ids, noise_bits(key, ids))
+    for _ in range(2):
+        tl.store(out_ptr + row * BLOCK + lanes, noise_bits(key, lanes - BLOCK // 2))
+        key = next_noise_key(key)
+        out_ptr += tl.num_programs(0) * BLOCK
 
 
 def test_noise_is_the_references_to_the_bit(device: str) -> None:
+    """Of token ids and of tiles, in the first draw and in the second."""
     seeds_B, positions_B = rows(64, device)
-    bits = torch.empty(64, 1024, dtype=torch.int32, device=device)
+    bits = torch.empty(2, 64, 1024, dtype=torch.int32, device=device)
     _noise_kernel[(64,)](seeds_B, positions_B, bits, BLOCK=1024)
     keys_B = reference.noise_keys(seeds_B, positions_B)
-    token_ids_V = torch.arange(1024, dtype=torch.int32, device=device)
-    expected = reference.noise_bits(keys_B, token_ids_V)
-    assert int(expected.min()) >= 0
-    assert torch.equal(bits, expected)
+    counters = torch.arange(-512, 512, dtype=torch.int32, device=device)
+    for drawn in bits:
+        expected = reference.noise_bits(keys_B, counters)
+        assert int(expected.min()) >= 0
+        assert torch.equal(drawn, expected)
+        keys_B = reference.next_noise_keys(keys_B)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["kernel", "reference"])
-@pytest.mark.parametrize("filters", [Filters(temperature=0.9), Filters(top_k=20)], ids=str)
+@pytest.mark.parametrize(
+    "filters", [Filters(temperature=0.9), Filters(top_k=20), Filters(top_p=0.5)], ids=str
+)
 def test_a_row_is_drawn_the_same_in_any_batch(
     sampler: object, filters: Filters, device: str
 ) -> None:
-    """Alone (cut into many programs), in a larger batch, in another place, in a wider matrix."""
+    """Alone, in a larger batch, in another place, in a wider matrix."""
     row_V = random_tensor(1, 9000, dtype=torch.float32, device=device, scale=2.0)
     batch = few(sampler, device, 6, 40)
     seeds_B, positions_B = rows(batch, device)
@@ -224,16 +240,51 @@ def test_draws_fit_the_softmax(temperature: float, device: str) -> None:
         assert abs(chi_square_z(counts, probabilities)) < 5
 
 
-def test_no_token_is_favoured_by_where_it_stands(device: str) -> None:
-    """Flat logits over as many tokens as a model has."""
-    vocabulary, count = 65_536, 30_000 if device == "cuda" else 300
+@pytest.mark.parametrize(
+    "filters",
+    [
+        Filters(temperature=0.8),
+        Filters(temperature=1.5, top_k=9),
+        Filters(temperature=0.8, top_p=0.4),
+        Filters(temperature=1.2, top_p=0.7),
+        Filters(temperature=1.2, min_p=0.2),
+        Filters(temperature=1.1, top_k=12, top_p=0.5, min_p=0.1),
+    ],
+    ids=str,
+)
+def test_draws_fit_what_the_filters_leave(filters: Filters, device: str) -> None:
+    """Peaks over three blocks of a hilly ground: tiles with several, with one, with none."""
+    vocabulary, count = 20_000, 20_000 if device == "cuda" else 4000
+    logits_V = random_tensor(vocabulary, dtype=torch.float32, device=device, scale=1.5)
+    peaks = torch.tensor([0, 1, 2, 1024, 1025, 4000, 8191, 8192, 8200, 12_000, 19_999])
+    logits_V[peaks.to(device)] = torch.linspace(8.0, 9.5, len(peaks), device=device)
+    kept_V = kept_by_transformers(logits_V[None], filters)[0]
+    scores_V = (logits_V.double() / filters.temperature).masked_fill(~kept_V, -torch.inf)
+    probabilities_V = torch.softmax(scores_V, 0)
+    sampler = sample if device == "cuda" else reference.sample
+    tokens_B = draw(sampler, logits_V.expand(count, -1), rows(count, device), filters)
+    assert bool(kept_V[tokens_B].all())
+    # The tokens that are expected ten times or more, and all others as one.
+    common = (probabilities_V * count >= 10).nonzero()[:, 0]
+    counts = tokens_B.bincount(minlength=vocabulary)[common]
+    odds = probabilities_V[common]
+    if float(odds.sum()) * count < count - 5:
+        counts = torch.cat((counts, count - counts.sum(0, keepdim=True)))
+        odds = torch.cat((odds, 1 - odds.sum(0, keepdim=True)))
+    assert abs(chi_square_z(counts, odds / odds.sum())) < 5
+
+
+@pytest.mark.parametrize("filters", [Filters(), Filters(top_k=5), Filters(top_p=0.1)], ids=str)
+def test_no_token_is_favoured_by_where_it_stands(filters: Filters, device: str) -> None:
+    """Flat logits over as many tokens as a model has: a filter keeps them all."""
+    vocabulary, count = 65_536, 30_000 if device == "cuda" else 800
     sampler = sample if device == "cuda" else reference.sample
     logits_BV = torch.zeros(1, vocabulary, device=device).expand(count, -1)
-    tokens_B = draw(sampler, logits_BV, rows(count, device), Filters())
-    counts = (tokens_B // 4096).bincount(minlength=16)
-    assert abs(chi_square_z(counts, torch.full((16,), 1 / 16, device=device))) < 5
-    low_bits = (tokens_B % 16).bincount(minlength=16)
-    assert abs(chi_square_z(low_bits, torch.full((16,), 1 / 16, device=device))) < 5
+    tokens_B = draw(sampler, logits_BV, rows(count, device), filters)
+    # By block, by run, by tile of a block, by place in a run.
+    for places in (tokens_B // 4096, tokens_B // 1024, tokens_B // 8, tokens_B):
+        counts = (places % 16).bincount(minlength=16)
+        assert abs(chi_square_z(counts, torch.full((16,), 1 / 16, device=device))) < 5
 
 
 @pytest.mark.parametrize("step", [(0, 1), (1, 0), (1, 1), (1 << 32, 0)], ids=str)
@@ -269,15 +320,49 @@ def test_the_noise_is_exponential_down_to_its_tail(device: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["kernel", "reference"])
-# The interpreter's numpy warns of -inf less -inf.
-@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_a_row_of_nan_is_still_a_token(sampler: object, filters: Filters, device: str) -> None:
     """A model that overflows yields a bad row: not a crash, nor an id past the vocabulary."""
-    logits_BV = torch.zeros(3, 60, device=device)
+    logits_BV = torch.zeros(4, 60, device=device)
     logits_BV[1] = torch.nan
-    tokens_B = draw(sampler, logits_BV, rows(3, device), filters)
+    logits_BV[2] = -torch.inf
+    logits_BV[3, 7] = torch.inf
+    tokens_B = draw(sampler, logits_BV, rows(4, device), filters)
     assert 0 <= int(tokens_B.min()) <= int(tokens_B.max()) < 60
+    assert int(tokens_B[3]) == 7
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["kernel", "reference"])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_nan_among_others_is_not_drawn(sampler: object, filters: Filters, device: str) -> None:
+    batch = few(sampler, device, 6, 64)
+    logits_BV = torch.full((batch, 200), torch.nan, device=device)
+    logits_BV[:, [3, 12, 199]] = 1.0
+    tokens_B = draw(sampler, logits_BV, rows(batch, device), filters)
+    assert set(tokens_B.tolist()) <= {3, 12, 199}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["kernel", "reference"])
+@pytest.mark.parametrize(
+    "filters",
+    [Filters(temperature=1e-4), Filters(top_k=1), Filters(top_p=1e-6), Filters(min_p=1.0)],
+    ids=str,
+)
+def test_what_leaves_one_token_is_greedy(sampler: object, filters: Filters, device: str) -> None:
+    batch = few(sampler, device, 4, 40)
+    logits_BV = random_tensor(batch, 10_000, dtype=torch.float32, device=device)
+    tokens_B = draw(sampler, logits_BV, rows(batch, device), filters)
+    assert torch.equal(tokens_B, logits_BV.argmax(-1))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["kernel", "reference"])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_dominating_token_is_always_drawn(sampler: object, filters: Filters, device: str) -> None:
+    batch = few(sampler, device, 4, 64)
+    logits_BV = random_tensor(batch, 3000, dtype=torch.float32, device=device)
+    logits_BV[:, 2345] = 100.0
+    tokens_B = draw(sampler, logits_BV, rows(batch, device), filters)
+    assert tokens_B.tolist() == [2345] * batch
 
 
 def test_no_rows(device: str) -> None:
