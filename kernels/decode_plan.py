@@ -26,6 +26,7 @@ from batchgen.kernels.tuning import tuning_for
 TILE = 64  # KV tokens; the unit in which pieces are cut
 _MIN_TILES = 4  # a shorter piece is not worth its partial result
 _BLOCK = 1024
+_FEW_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +131,10 @@ def _plan_pieces_kernel(
     tl.store(entry_ptrs + 3, tl.where(num_pieces > 1, partial, -1), mask=mask)
 
 
-def default_shares(num_kv_heads: int, device: torch.device) -> int:
+def default_shares(num_rows: int, num_kv_heads: int, device: torch.device) -> int:
     """How many shares fill the device when every share is one program a kv head."""
-    shares = tuning_for(device).decode_shares_per_processor * num_processors(device)
+    few, many = tuning_for(device).decode_shares
+    shares = (few if num_rows <= _FEW_ROWS else many) * num_processors(device)
     return -(-shares // num_kv_heads)
 
 
@@ -154,7 +156,7 @@ def plan_decode(
     if kv_starts_B is not None:
         check_index(kv_starts_B, (num_rows,), device, "kv_starts")
     if num_shares is None:
-        num_shares = default_shares(num_kv_heads, device)
+        num_shares = default_shares(seq_lens_B.shape[0], num_kv_heads, device)
     num_entries = num_shares + num_rows
     pieces_P4 = torch.empty((num_entries, 4), dtype=torch.int32, device=device)
     merges_W3 = torch.empty((num_shares, 3), dtype=torch.int32, device=device)

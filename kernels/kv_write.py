@@ -191,7 +191,7 @@ def kv_write(
         Q_HEADS=q_heads,
         K_PADDED=triton.next_power_of_2(num_kv_heads),
         HALF_PADDED=triton.next_power_of_2(head_size // 2),
-        num_warps=4 if head_size > 64 else 2,
+        num_warps=2,
     )
     return q_TNH
 

@@ -32,16 +32,21 @@ from batchgen.kernels.attention import (
     merge_partials,
 )
 from batchgen.kernels.decode_plan import TILE, DecodePlan, plan_decode
+from batchgen.kernels.fp8 import FP8
 from batchgen.kernels.tuning import FP32_DECODE, TileShape, by_head, tuning_for
 
 __all__ = ["DecodePlan", "paged_decode", "plan_decode"]
 
 
-def tile_shape(dtype: torch.dtype, head_padded: int, group: int, device: torch.device) -> TileShape:
+def tile_shape(
+    dtype: torch.dtype, cache_dtype: torch.dtype, head_padded: int, group: int, device: torch.device
+) -> TileShape:
     """Launch parameters; a tile has the heads of a GQA group, and at least what a product takes."""
     shape = FP32_DECODE
     if dtype != torch.float32:
-        shape = by_head(tuning_for(device).decode, head_padded)
+        tuning = tuning_for(device)
+        shapes = tuning.decode_fp8 if cache_dtype == FP8 else tuning.decode
+        shape = by_head(shapes, head_padded)
     return replace(shape, block_m=max(shape.block_m, triton.next_power_of_2(group)))
 
 
@@ -237,7 +242,7 @@ def paged_decode(
     assert plan.num_rows == num_rows, f"the plan is for {plan.num_rows} rows, not {num_rows}"
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_BNH.dtype, head_padded, group, device)
+    shape = tile_shape(q_BNH.dtype, k_cache_PKSH.dtype, head_padded, group, device)
     constants = {
         "NUM_HEADS": num_heads,
         "GROUP": group,

@@ -1,10 +1,10 @@
 """paged_prefill for Hopper in Gluon: one warp loads tiles, two warp groups multiply them.
 
 A program stays on its multiprocessor and works through items: a tile of query tokens with all
-heads of a GQA group. The loading warp runs ahead by several KV tiles, into the next item, too; it
-fetches pages with TMA, one box a page and 64 dims. Each warp group has 64 of an item's 128 query
-rows and issues the scores of KV tile j before it does the softmax of the same tile, beside
-P V of tile j - 1, so that the tensor cores have work while exponentials are taken:
+heads of a GQA group. The loading warp (paged_prefill_hopper_loader.py) runs ahead by several KV
+tiles, into the next item, too. Each warp group has 64 of an item's 128 query rows and issues the
+scores of KV tile j before it does the softmax of the same tile, beside P V of tile j - 1, so that
+the tensor cores have work while exponentials are taken:
 
     S_j = Q K_j^T ∥ O += P_{j-1} V_{j-1};  P_j = exp2(S_j - max);  O *= exp2(old max - max)
 
@@ -24,37 +24,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from batchgen.kernels.attention import LOG2_E, num_processors
+from batchgen.kernels.paged_prefill_hopper_loader import (
+    BOX_DIMS,
+    GROUP_ROWS,
+    RECORD_SIZE,
+    advance,
+    as_boxes,
+    barrier,
+    load_items,
+    read_item,
+)
+from batchgen.kernels.tuning import HOPPER_PREFILL
 
-_GROUP_ROWS = gl.constexpr(64)  # the rows of a warp group's product
 _WARP_GROUPS = 2
-_BOX_DIMS = gl.constexpr(64)  # 128 bytes, the widest swizzle
-_BLOCK_L = 64
-_STAGES = 5
 # Registers of a thread: 2 x 232 + 40 is what a multiprocessor has for three warp groups.
 _REGISTERS = gl.constexpr(232)
 _LOADER_REGISTERS = gl.constexpr(40)
 _HEAD_SIZES = (64, 128)
 _BLOCK_SIZES = (8, 16, 32, 64)
-# An item's record in shared memory.
-_NUM_TOKENS = gl.constexpr(0)  # 0: no more items
-_FIRST_TOKEN = gl.constexpr(1)
-_FIRST_POSITION = gl.constexpr(2)
-_KV_HEAD = gl.constexpr(3)
-_SEQ_LEN = gl.constexpr(4)
-_RECORD_SIZE = gl.constexpr(5)
-# Gluon renamed these after Triton 3.6.
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_async_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-_view = getattr(gl.shared_memory_descriptor, "reinterpret", None) or (
-    gl.shared_memory_descriptor._reinterpret
-)
 
 
 def supports(q_TNH: Tensor, k_cache_PKSH: Tensor) -> bool:
@@ -67,7 +60,7 @@ def supports(q_TNH: Tensor, k_cache_PKSH: Tensor) -> bool:
         and q_TNH.dtype in (torch.bfloat16, torch.float16)
         and head_size in _HEAD_SIZES
         and block_size in _BLOCK_SIZES
-        and _GROUP_ROWS.value % (num_heads // num_kv_heads) == 0
+        and GROUP_ROWS.value % (num_heads // num_kv_heads) == 0
         and k_cache_PKSH.stride(0) % head_size == 0
         and len(q_TNH) > 0
     )
@@ -76,154 +69,6 @@ def supports(q_TNH: Tensor, k_cache_PKSH: Tensor) -> bool:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@gluon.jit
-def _load_entry(record_E1, entry: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(record_E1.index(entry).load(layout), 0)
-
-
-@gluon.jit
-def _store_entry(record_E1, entry: gl.constexpr, value):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    record_E1.index(entry).store(gl.full([1], value, gl.int32, layout))
-
-
-@gluon.jit
-def _find_item(ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """The item of a ticket, or of the next one that has query tokens; 0 tokens: none is left.
-
-    Also takes the ticket after it. A sequence's tiles are found as attention.find_row does, from
-    the last to the first: those at the end of a sequence have the most work.
-    """
-    cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, counter_ptr, num_rows, num_items = rows
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    num_tokens = 0
-    token = 0
-    position = 0
-    kv_head = 0
-    seq_len = 0
-    slot = 0
-    while (num_tokens == 0) & (ticket < num_items):
-        tile = (num_items - 1 - ticket) // KV_HEADS
-        kv_head = ticket % KV_HEADS
-        row = -1
-        for start in range(0, num_rows, 128):
-            rows_R = start + gl.arange(0, 128, layout)
-            cu_R = gl.load(cu_seqlens_q_ptr + rows_R, mask=rows_R < num_rows, other=0)
-            is_before_R = (cu_R // BLOCK_Q + rows_R <= tile) & (rows_R < num_rows)
-            row += gl.sum(is_before_R.to(gl.int32), 0)
-        query_start = gl.load(cu_seqlens_q_ptr + row).to(gl.int32)
-        query_len = gl.load(cu_seqlens_q_ptr + row + 1).to(gl.int32) - query_start
-        seq_len = gl.load(seq_lens_ptr + row).to(gl.int32)
-        slot = gl.load(slot_ids_ptr + row).to(gl.int32)
-        first = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
-        num_tokens = gl.maximum(gl.minimum(query_len - first, BLOCK_Q), 0)
-        token = query_start + first
-        position = seq_len - query_len + first
-        ticket = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    return ticket, num_tokens, token, position, kv_head, seq_len, slot
-
-
-@gluon.jit
-def _boxes(smem, shape: gl.constexpr):
-    """Tiles as TMA fills them: boxes of 64 dims, one after the other."""
-    return _view(smem, smem.dtype, shape, gl.NVMMASharedLayout(128, 16, len(shape) - 1))
-
-
-@gluon.jit
-def _load_lines(table_ptr, first_page, last_page, block_lines, first_line, PAGES: gl.constexpr):
-    """Where the pages of a tile begin in a cache that is a matrix [lines, H]."""
-    lines = ()
-    for page in gl.static_range(PAGES):
-        block = gl.load(table_ptr + gl.minimum(first_page + page, last_page))
-        line = block * block_lines + first_line
-        lines = lines + (line,)  # type: ignore[assignment]  # noqa: RUF005 (no stars in Gluon)
-    return lines
-
-
-@gluon.jit
-def _load_tile(cache, boxes, stage, full, lines, PARTS: gl.constexpr):
-    """Start the copy of a tile's pages into a stage, 64 dims after 64 dims."""
-    PAGES: gl.constexpr = len(lines)
-    mbarrier.expect(full.index(stage), PARTS * PAGES * boxes.shape[1] * _BOX_DIMS * 2)
-    for page in gl.static_range(PAGES):
-        for part in gl.static_range(PARTS):
-            box = boxes.index((stage * PARTS + part) * PAGES + page)
-            _async_load(cache, [lines[page], part * _BOX_DIMS], full.index(stage), box)
-
-
-@gluon.jit
-def _load(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl.constexpr):
-    """The loading warp: queries and KV of one item after the other."""
-    q_smem, k_smem, v_smem, record_E1 = buffers
-    q_full, q_empty, k_full, v_full, kv_empty = barriers
-    WARP_GROUPS: gl.constexpr = q_smem.shape[0]
-    GROUP_TOKENS: gl.constexpr = q.block_shape[0]
-    GROUP: gl.constexpr = q.block_shape[1]
-    BLOCK_Q: gl.constexpr = WARP_GROUPS * GROUP_TOKENS
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_L: gl.constexpr = k_smem.shape[1]
-    PAGE: gl.constexpr = k_cache.block_shape[0]
-    PAGES: gl.constexpr = BLOCK_L // PAGE
-    PARTS: gl.constexpr = k_smem.shape[2] // _BOX_DIMS
-    q_boxes = _boxes(q_smem, [WARP_GROUPS * PARTS, GROUP_TOKENS, GROUP, _BOX_DIMS])
-    k_boxes = _boxes(k_smem, [STAGES * PARTS * PAGES, PAGE, _BOX_DIMS])
-    v_boxes = _boxes(v_smem, [STAGES * PARTS * PAGES, PAGE, _BOX_DIMS])
-    table_ptr, table_stride, block_lines = table
-    stage = 0
-    phase = 1
-    count = 0
-    ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-        gl.program_id(0), rows, KV_HEADS, BLOCK_Q
-    )
-    while num_tokens > 0:
-        slot_ptr = table_ptr + slot.to(gl.int64) * table_stride
-        last_page = (seq_len - 1) // PAGE
-        first_line = kv_head * PAGE
-        lines = _load_lines(slot_ptr, 0, last_page, block_lines, first_line, PAGES)
-        mbarrier.wait(q_empty, (count & 1) ^ 1)
-        count += 1
-        _store_entry(record_E1, _NUM_TOKENS, num_tokens)
-        _store_entry(record_E1, _FIRST_TOKEN, token)
-        _store_entry(record_E1, _FIRST_POSITION, position)
-        _store_entry(record_E1, _KV_HEAD, kv_head)
-        _store_entry(record_E1, _SEQ_LEN, seq_len)
-        _barrier()
-        mbarrier.expect(q_full, WARP_GROUPS * PARTS * _GROUP_ROWS * _BOX_DIMS * 2)
-        for group in gl.static_range(WARP_GROUPS):
-            for part in gl.static_range(PARTS):
-                origin = [token + group * GROUP_TOKENS, kv_head * GROUP, part * _BOX_DIMS]
-                _async_load(q, origin, q_full, q_boxes.index(group * PARTS + part))
-        num_kv = gl.cdiv(position + num_tokens, BLOCK_L)
-        for j in range(num_kv):
-            # One tile ahead: a block's id is there when its turn comes.
-            next_page = (j + 1) * PAGES
-            next_lines = _load_lines(slot_ptr, next_page, last_page, block_lines, first_line, PAGES)
-            mbarrier.wait(kv_empty.index(stage), phase)
-            _load_tile(k_cache, k_boxes, stage, k_full, lines, PARTS)
-            _load_tile(v_cache, v_boxes, stage, v_full, lines, PARTS)
-            lines = next_lines
-            stage, phase = _next_stage(stage, phase, STAGES)
-            # The next item is looked up while the warp groups have tiles in stock.
-            if j == gl.minimum(num_kv, STAGES) - 1:
-                ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-                    ticket, rows, KV_HEADS, BLOCK_Q
-                )
-    mbarrier.wait(q_empty, (count & 1) ^ 1)
-    _store_entry(record_E1, _NUM_TOKENS, 0)
-    _barrier()
-    mbarrier.arrive(q_full)
-
-
-@gluon.jit
-def _next_stage(stage, phase, STAGES: gl.constexpr):
-    stage += 1
-    if stage == STAGES:
-        stage = 0
-        phase ^= 1
-    return stage, phase
 
 
 @gluon.jit
@@ -253,8 +98,8 @@ def _attend_tile(q, state, last_M, j, num_kv, buffers, barriers, qk_scale, MASKE
     BLOCK_L: gl.constexpr = k_smem.shape[1]
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_L, 16])
     acc_layout: gl.constexpr = acc_MH.type.layout
-    next_stage, next_phase = _next_stage(stage, phase, STAGES)
-    zero_ML = gl.zeros([_GROUP_ROWS, BLOCK_L], gl.float32, scores_layout)
+    next_stage, next_phase = advance(stage, phase, STAGES)
+    zero_ML = gl.zeros([GROUP_ROWS, BLOCK_L], gl.float32, scores_layout)
     k_HL = k_smem.index(next_stage).permute((1, 0))
     scores_ML = warpgroup_mma(q, k_HL, zero_ML, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(stage), phase)
@@ -265,7 +110,7 @@ def _attend_tile(q, state, last_M, j, num_kv, buffers, barriers, qk_scale, MASKE
     p_ML, max_M, sum_M, rescale_M = _softmax(scores_ML, max_M, sum_M, qk_scale)
     # The wait for the next tile stands here because it is a branch: without one, ptxas moves the
     # exponentials behind the wait for P V, and nothing overlaps.
-    later_stage, later_phase = _next_stage(next_stage, next_phase, STAGES)
+    later_stage, later_phase = advance(next_stage, next_phase, STAGES)
     mbarrier.wait(k_full.index(later_stage), later_phase, pred=j + 1 < num_kv)
     acc_MH, p_ML = warpgroup_mma_wait(0, deps=(acc_MH, p_ML))
     mbarrier.arrive(kv_empty.index(stage))
@@ -281,11 +126,11 @@ def _clear_tail(v_smem, stage, start, seq_len):
     Each warp group does it for itself; what the other has begun to read stays as it is.
     """
     STAGES: gl.constexpr = v_smem.shape[0]
-    PARTS: gl.constexpr = v_smem.shape[2] // _BOX_DIMS
+    PARTS: gl.constexpr = v_smem.shape[2] // BOX_DIMS
     ROWS: gl.constexpr = 16
     SLICES: gl.constexpr = v_smem.shape[1] // ROWS
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    boxes = _boxes(v_smem, [STAGES * PARTS * SLICES, ROWS, _BOX_DIMS])
+    boxes = as_boxes(v_smem, [STAGES * PARTS * SLICES, ROWS, BOX_DIMS])
     for index in gl.static_range(SLICES):
         slice_start = start + index * ROWS
         if slice_start + ROWS > seq_len:
@@ -295,7 +140,7 @@ def _clear_tail(v_smem, stage, start, seq_len):
                 value_RH = gl.where((position_R < seq_len)[:, None], box.load(layout), 0.0)
                 box.store(value_RH.to(v_smem.dtype))
     fence_async_shared()
-    _barrier()
+    barrier()
 
 
 @gluon.jit
@@ -367,17 +212,13 @@ def _multiply(
 
         mbarrier.wait(q_full, count & 1)
         count += 1
-        next_tokens = _load_entry(record_E1, _NUM_TOKENS)
-        next_token = _load_entry(record_E1, _FIRST_TOKEN)
-        position = _load_entry(record_E1, _FIRST_POSITION)
-        next_head = _load_entry(record_E1, _KV_HEAD)
-        next_len = _load_entry(record_E1, _SEQ_LEN)
+        next_tokens, next_token, position, next_head, next_len = read_item(record_E1)
         is_running = next_tokens > 0
         has_rows = next_tokens > group * (ROWS // GROUP)
         q = q_smem.index(group).load(gl.DotOperandLayout(0, scores_layout, 2))
-        _barrier()
+        barrier()
         mbarrier.arrive(q_empty, pred=is_running)
-        next_stage, next_phase = _next_stage(stage, phase, STAGES)
+        next_stage, next_phase = advance(stage, phase, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=has_rows)
         k_HL = k_smem.index(next_stage).permute((1, 0))
         scores_ML = warpgroup_mma(q, k_HL, zero_ML, use_acc=False, is_async=True)
@@ -390,7 +231,7 @@ def _multiply(
         scores_ML = _mask(scores_ML, 0, last_M)
         p_ML, max_M, next_sum_M, _unused = _softmax(scores_ML, lowest_M, zero_M, qk_scale)
         next_kv = gl.cdiv(position + next_tokens, BLOCK_L)
-        later_stage, later_phase = _next_stage(next_stage, next_phase, STAGES)
+        later_stage, later_phase = advance(next_stage, next_phase, STAGES)
         mbarrier.wait(k_full.index(later_stage), later_phase, pred=has_rows & (next_kv > 1))
         acc_MH, p_ML = warpgroup_mma_wait(0, deps=(acc_MH, p_ML))
         mbarrier.arrive(kv_empty.index(stage), pred=num_tokens > 0)
@@ -417,7 +258,7 @@ def _multiply(
             num_kv = 1
             num_full = 0
             for _tile in range(gl.where(is_running, next_kv, 0)):
-                stage, phase = _next_stage(stage, phase, STAGES)
+                stage, phase = advance(stage, phase, STAGES)
                 mbarrier.wait(v_full.index(stage), phase)
                 mbarrier.arrive(kv_empty.index(stage))
 
@@ -447,11 +288,11 @@ def _paged_prefill_hopper_kernel(
 ):
     dtype: gl.constexpr = q.dtype
     tiles: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_smem = gl.allocate_shared_memory(dtype, [WARP_GROUPS, _GROUP_ROWS, HEAD], tiles)
+    q_smem = gl.allocate_shared_memory(dtype, [WARP_GROUPS, GROUP_ROWS, HEAD], tiles)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, HEAD], tiles)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, HEAD], tiles)
     record_E1 = gl.allocate_shared_memory(
-        gl.int32, [_RECORD_SIZE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
+        gl.int32, [RECORD_SIZE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
@@ -466,7 +307,7 @@ def _paged_prefill_hopper_kernel(
         mbarrier.init(v_full.index(stage), 1)
         mbarrier.init(kv_empty.index(stage), WARP_GROUPS)
     fence_async_shared()
-    _barrier()
+    barrier()
     buffers = (q_smem, k_smem, v_smem, record_E1)
     barriers = (q_full, q_empty, k_full, v_full, kv_empty)
     table = (table_ptr, table_stride, block_lines)
@@ -476,7 +317,7 @@ def _paged_prefill_hopper_kernel(
         [
             (_multiply, (out_ptr, buffers, barriers, qk_scale, 0, NUM_HEADS, GROUP)),
             (_multiply, (out_ptr, buffers, barriers, qk_scale, 1, NUM_HEADS, GROUP)),
-            (_load, (q, k_cache, v_cache, table, rows, buffers, barriers, NUM_HEADS // GROUP)),
+            (load_items, (q, k_cache, v_cache, table, rows, buffers, barriers, NUM_HEADS // GROUP)),
         ],
         [4, 1],
         [_REGISTERS, _LOADER_REGISTERS],
@@ -499,17 +340,17 @@ def launch(
     num_tokens, num_heads, head_size = q_TNH.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache_PKSH.shape
     group = num_heads // num_kv_heads
-    group_tokens = _GROUP_ROWS.value // group
+    group_tokens = GROUP_ROWS.value // group
     num_rows = slot_ids_B.shape[0]
     num_tiles = num_tokens // (_WARP_GROUPS * group_tokens) + num_rows
     block_lines = k_cache_PKSH.stride(0) // head_size
     lines = (num_blocks - 1) * block_lines + num_kv_heads * block_size
     kv_layout = gl.NVMMASharedLayout(128, 16, 2)
-    kv_args = ([lines, head_size], [head_size, 1], [block_size, _BOX_DIMS.value], kv_layout)
+    kv_args = ([lines, head_size], [head_size, 1], [block_size, BOX_DIMS.value], kv_layout)
     q_args = (
         [num_tokens, num_heads, head_size],
         [num_heads * head_size, head_size, 1],
-        [group_tokens, group, _BOX_DIMS.value],
+        [group_tokens, group, BOX_DIMS.value],
         gl.NVMMASharedLayout(128, 16, 3),
     )
     grid = min(num_processors(q_TNH.device), num_tiles * num_kv_heads)
@@ -531,8 +372,8 @@ def launch(
         NUM_HEADS=num_heads,
         GROUP=group,
         HEAD=head_size,
-        BLOCK_L=_BLOCK_L,
-        STAGES=_STAGES,
+        BLOCK_L=HOPPER_PREFILL.block_l,
+        STAGES=HOPPER_PREFILL.num_stages,
         WARP_GROUPS=_WARP_GROUPS,
         num_warps=4,
     )

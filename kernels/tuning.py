@@ -23,6 +23,14 @@ class TileShape:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingShape:
+    """Launch parameters of a kernel with a loading warp: KV tokens of a tile, tiles in flight."""
+
+    block_l: int
+    num_stages: int
+
+
 def _tile(block_m: int, block_l: int, num_warps: int, num_stages: int) -> TileShape:
     return TileShape(block_m=block_m, block_l=block_l, num_warps=num_warps, num_stages=num_stages)
 
@@ -32,32 +40,39 @@ class Tuning:
     """For fp16 and bf16, by head size: up to 64, and above. Decode takes at least block_m rows."""
 
     decode: tuple[TileShape, TileShape]
+    decode_fp8: tuple[TileShape, TileShape]  # over a cache in fp8
     prefill: tuple[TileShape, TileShape]
     prefix: tuple[TileShape, TileShape]
     small_prefix: TileShape  # up to 64 query rows a group
-    decode_shares_per_processor: int  # pieces of a step's KV, over all kv heads
+    # Pieces of a step's KV over all kv heads, for each multiprocessor: up to 128 rows, and above.
+    decode_shares: tuple[int, int]
 
 
 _ANY_GPU = Tuning(
     decode=(_tile(16, 64, 4, 3), _tile(16, 32, 4, 3)),
+    decode_fp8=(_tile(16, 64, 4, 3), _tile(16, 32, 4, 3)),
     prefill=(_tile(64, 64, 4, 2), _tile(64, 32, 4, 2)),
     prefix=(_tile(64, 64, 4, 2), _tile(64, 32, 4, 2)),
     small_prefix=_tile(64, 32, 4, 2),
-    decode_shares_per_processor=8,
+    decode_shares=(8, 8),
 )
 _HOPPER = Tuning(
-    # 32 KiB of K and V a tile, two tiles in flight a program, two programs a multiprocessor.
-    decode=(_tile(16, 128, 4, 3), _tile(16, 64, 4, 3)),
+    # Up to 96 KiB of K and V in flight on a multiprocessor.
+    decode=(_tile(16, 64, 2, 3), _tile(16, 64, 4, 2)),
+    decode_fp8=(_tile(16, 64, 1, 3), _tile(16, 32, 1, 3)),
     prefill=(_tile(128, 64, 4, 3), _tile(128, 64, 8, 3)),
     prefix=(_tile(128, 64, 4, 3), _tile(128, 64, 8, 3)),
     small_prefix=_tile(64, 64, 4, 3),
-    decode_shares_per_processor=8,  # about three waves of programs
+    decode_shares=(4, 12),
 )
 _BY_CAPABILITY = {(9, 0): _HOPPER}
 
 # fp32 is for tests and CPU-like exactness: tiles that fit anywhere.
 FP32_DECODE = _tile(16, 32, 4, 2)
 FP32_PREFILL = _tile(32, 32, 4, 1)
+
+# For paged_prefill_hopper, on no other GPU. At head size 128 a sixth stage would not fit.
+HOPPER_PREFILL = RingShape(block_l=64, num_stages=5)
 
 
 @functools.cache
