@@ -56,7 +56,8 @@ class SlotState:
         self.prompt_lens_R[rows] = to_device(new.prompt_lens, self.device)
         self.stop_lens_R[rows] = to_device(new.stop_lens, self.device)
         self.ignore_eos_R[rows] = to_device(new.ignore_eos, self.device)
-        self.active_R[rows] = True
+        # An assigned scalar would be copied from the host, and the copy waited for.
+        self.active_R.index_fill_(0, rows, True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

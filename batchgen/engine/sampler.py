@@ -47,12 +47,13 @@ class Sampler:
         if self._counts_RV is None or self._in_prompt_RV is None or len(new.rows) == 0:
             return
         rows = to_device(new.rows.astype(np.int64), self._device)
-        self._counts_RV[rows] = 0
-        self._in_prompt_RV[rows] = False
+        # An assigned scalar would be copied from the host, and the copy waited for.
+        self._counts_RV.index_fill_(0, rows, 0)
+        self._in_prompt_RV.index_fill_(0, rows, False)
         lengths = np.array([len(ids) for ids in new.prompts])
-        rows_T = to_device(np.repeat(new.rows, lengths).astype(np.int64), self._device)
-        tokens_T = to_device(np.concatenate(new.prompts).astype(np.int64), self._device)
-        self._in_prompt_RV[rows_T, tokens_T] = True
+        rows_T = np.repeat(new.rows, lengths).astype(np.int64)
+        cells_T = rows_T * self._in_prompt_RV.shape[1] + np.concatenate(new.prompts)
+        self._in_prompt_RV.view(-1).index_fill_(0, to_device(cells_T, self._device), True)
 
     def sample_and_advance(
         self, state: SlotState, rows_B: Tensor, kv_lens_B: Tensor, logits_BV: Tensor
