@@ -67,8 +67,8 @@ class Engine:
         in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         exhausted = False
         while not self._stopped:
-            if not exhausted and len(scheduler.waiting) < scheduler.config.max_num_seqs:
-                idle = not scheduler.waiting and not scheduler.num_live
+            if not exhausted and len(scheduler.admission.waiting) < scheduler.config.max_num_seqs:
+                idle = not scheduler.admission.waiting and not scheduler.num_live
                 prompts = source.take(PLANNING_WINDOW, wait=idle)
                 exhausted = idle and not prompts
                 scheduler.add(prompts)
@@ -98,7 +98,7 @@ class Engine:
         """Reads a step's tokens and takes out the sequences that have ended."""
         tokens_Bk, active_B = result.wait()
         # A row may have ended, and even found a new occupant, after this step was launched.
-        current = self._scheduler.sequence_id_R[plan.rows] == plan.sequence_ids
+        current = self._scheduler.table.sequence_id_R[plan.rows] == plan.sequence_ids
         rows, tokens_Bk, active_B = plan.rows[current], tokens_Bk[current], active_B[current]
         if (tokens_Bk == NAN_TOKEN).any():
             raise BatchgenError(
@@ -151,7 +151,7 @@ class Engine:
     def stats(self) -> EngineStats:
         scheduler, counters = self._scheduler, self._scheduler.counters
         return EngineStats(
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.admission.waiting),
             num_running=scheduler.num_live - scheduler.num_swapped,
             num_swapped=scheduler.num_swapped,
             num_finished=self._num_finished,

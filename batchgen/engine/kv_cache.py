@@ -57,6 +57,11 @@ class KVCache:
         self._copies_in: list[tuple[Blocks, Blocks]] = []
         self._leaving_host: list[Blocks] = []  # read by this step's copies, free after it
 
+    @property
+    def can_swap(self) -> bool:
+        """Whether the host has room for a sequence of any length."""
+        return self.cpu.num_blocks >= self.table_RX.shape[1]
+
     def blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

@@ -45,9 +45,9 @@ class StandInRunner:
     def launch(self, plan: StepPlan) -> StandInResult:
         scheduler = self._scheduler
         num_steps = 1 if plan.decode is None else plan.decode.num_steps
-        prompts = scheduler.prompt_len_R[plan.rows]
+        prompts = scheduler.table.prompt_len_R[plan.rows]
         ends = np.array([self._length_of[int(length)] for length in prompts])
-        ends = np.minimum(ends, scheduler.stop_len_R[plan.rows] - prompts)
+        ends = np.minimum(ends, scheduler.table.stop_len_R[plan.rows] - prompts)
         ids = plan.sequence_ids.tolist()
         made = np.array([self._made.get(i, 0) for i in ids])
         new = np.clip(ends - made, 0, num_steps)

@@ -111,7 +111,7 @@ class StandInDevice:
     def _sample(self, row: int) -> tuple[int, bool]:
         index = self.scheduler.key_of(row).index
         self.tokens[row].append(1000 + len(self.tokens[row]))
-        generated = self.kv_len[row] + 1 - int(self.scheduler.prompt_len_R[row])
+        generated = self.kv_len[row] + 1 - int(self.scheduler.table.prompt_len_R[row])
         total = len(self.tokens[row])
         self.alive[row] = generated < self.length_of[index] and total < self.stop_len[row]
         return 1, self.alive[row]
@@ -149,7 +149,7 @@ def run(
         if in_flight and (plan is None or len(in_flight) > lateness):
             done, made = in_flight.pop(0)
             for row, sequence_id in zip(done.rows.tolist(), done.sequence_ids, strict=True):
-                if scheduler.sequence_id_R[row] != sequence_id:
+                if scheduler.table.sequence_id_R[row] != sequence_id:
                     continue
                 index = scheduler.key_of(row).index
                 generated[index] += made[row][0]
@@ -158,7 +158,7 @@ def run(
                     finished[index] = generated[index]
         elif plan is None:
             assert not scheduler.num_live
-            assert not scheduler.waiting
+            assert not scheduler.admission.waiting
             scheduler.kv.gpu.check_integrity([])
             scheduler.kv.cpu.check_integrity([])
             return finished
@@ -271,7 +271,7 @@ def test_any_job_ends_with_every_token_right(
             max_num_batched_tokens=batched,
         )
     )
-    scheduler.output_lengths.MIN_SAMPLES = 2
+    scheduler.admission.output_lengths.MIN_SAMPLES = 2
     assert run(scheduler, prompts, lengths, lateness) == lengths
 
 
@@ -300,7 +300,7 @@ def test_planning_a_window_takes_little_and_does_not_loop_over_sequences(batch: 
         )
     )
     scheduler.add(prompt(i, [i] * 16, 2000, ignore_eos=True) for i in range(batch))
-    while len(scheduler._decodable()) < batch:
+    while len(scheduler.table.decodable()) < batch:
         assert scheduler.schedule(in_flight=False) is not None
     times = []
     for _ in range(20):
@@ -321,7 +321,7 @@ def test_equal_prompts_are_computed_once() -> None:
     assert scheduler.counters.merged_prompts == 6
     together = {
         (item.prompt.key.index, *(other.key.index for other in item.duplicates))
-        for item in scheduler.waiting
+        for item in scheduler.admission.waiting
     }
     assert together == {(0, 3, 6), (1, 4, 7), (2, 5, 8), (9,), (10,)}
 
@@ -330,7 +330,7 @@ def test_the_longest_rows_do_not_start_last() -> None:
     rng = random.Random(0)
     scheduler = Scheduler(config())
     scheduler.add(prompt(i, [i] * rng.randint(4, 20), rng.randint(1, 40)) for i in range(100))
-    lengths = [item.num_prompt_tokens + item.max_tokens for item in scheduler.waiting]
+    lengths = [item.num_prompt_tokens + item.max_tokens for item in scheduler.admission.waiting]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -338,7 +338,9 @@ def test_rows_that_share_a_prefix_stay_together_longest_first() -> None:
     scheduler = Scheduler(config())
     prefixes = [[1] * 4, [2] * 4, [3] * 4]
     scheduler.add(prompt(i, prefixes[i % 3] + [9] * (i % 7), 5) for i in range(30))
-    order = [(int(item.token_ids[0]), item.num_prompt_tokens) for item in scheduler.waiting]
+    order = [
+        (int(item.token_ids[0]), item.num_prompt_tokens) for item in scheduler.admission.waiting
+    ]
     groups = [prefix for prefix, _ in order]
     assert sum(a != b for a, b in itertools.pairwise(groups)) == 2
     for prefix in (1, 2, 3):

@@ -1,0 +1,152 @@
+"""Who waits, in what order, and how many may enter now. No torch.
+
+A prompt enters while the forecast KV peak of all sequences, it included, fits the device's KV:
+lengths are known, or learned from the rows that have finished.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchgen.engine.forecast import OutputLengths, forecast_peak
+from batchgen.engine.kv_cache import KVCache
+from batchgen.engine.prefix_plan import order_window
+from batchgen.engine.sequence_table import SequenceTable
+from batchgen.engine.sequences import (
+    Admissible,
+    QueuedPrompt,
+    SchedulerConfig,
+    SchedulerCounters,
+    State,
+)
+from batchgen.records import Prompt
+
+
+class Admission:
+    """Owns the queue of waiting prompts."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        table: SequenceTable,
+        kv: KVCache,
+        counters: SchedulerCounters,
+    ) -> None:
+        self._config = config
+        self._table = table
+        self._kv = kv
+        self._counters = counters
+        self._last_hashed: QueuedPrompt | None = None
+        self.output_lengths = OutputLengths()
+        self.waiting: deque[QueuedPrompt] = deque()
+
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        """Queues one window of prompts, in the order of the prefix plan."""
+        config = self._config
+        block_size = config.block_size if config.enable_prefix_caching else None
+        window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
+        if config.merge_duplicates:
+            window = self._merge_duplicates(window)
+        self.waiting.extend(order_window(window))
+
+    def learn(self, item: QueuedPrompt, num_output_tokens: int) -> None:
+        """Notes how long an output came to be, where it could have ended early."""
+        if not item.prompt.ignore_eos:
+            is_cut = num_output_tokens >= item.max_tokens
+            self.output_lengths.add(num_output_tokens, is_cut=is_cut)
+
+    def admissible(self) -> Admissible:
+        """How many waiting prompts fit under the forecast KV peak, at most a step's worth."""
+        table = self._table
+        is_swapped = bool((table.state_R == State.SWAPPED).any())
+        if not self.waiting or not table.num_free or is_swapped:
+            return Admissible(count=0, num_tokens=0)
+        candidates, new_own = self._candidates()
+        rows = table.live_rows(State.PREFILL, State.DECODE)
+        block = self._config.block_size
+        # The prompt of a row that is prefilled in part has all of its blocks.
+        kv_len = np.maximum(table.kv_len_R[rows], table.prompt_len_R[rows])
+        own = kv_len - table.cached_len_R[rows]
+        held = self._kv.num_blocks_R[rows] - table.cached_len_R[rows] // block
+        shared = max(self._kv.gpu.num_used - int(held.sum()), 0)
+        capacity = float((self._config.gpu_blocks - shared) * block)
+
+        slack = (block + self._config.decode_window) / 2  # the last, partly filled blocks
+        tokens = np.concatenate([own, new_own]) + slack
+        remaining = self._expected_remaining(rows, kv_len - table.prompt_len_R[rows], candidates)
+        low, high = 0, len(candidates)
+        while low < high:
+            middle = (low + high + 1) // 2
+            end = len(rows) + middle
+            if forecast_peak(tokens[:end], remaining[:end]) <= capacity:
+                low = middle
+            else:
+                high = middle - 1
+        # The last of the queue would decode late and alone: better to swap a few for a while.
+        is_rest = low < len(candidates) == len(self.waiting)
+        if is_rest and forecast_peak(tokens, remaining) <= capacity + self._overcommitment():
+            low = len(candidates)
+        return Admissible(count=low, num_tokens=int(new_own[:low].sum()))
+
+    def _expected_remaining(
+        self,
+        rows: NDArray[np.intp],
+        generated: NDArray[np.int64],
+        candidates: list[QueuedPrompt],
+    ) -> NDArray[np.float64]:
+        """Tokens still to come of `rows`, then of `candidates`."""
+        table = self._table
+        new_max = np.array([item.max_tokens for item in candidates])
+        new_exact = np.array([item.prompt.ignore_eos for item in candidates], dtype=np.bool_)
+        return self.output_lengths.expected_remaining(
+            np.concatenate([generated, np.zeros(len(candidates), dtype=np.int64)]),
+            np.concatenate([table.stop_len_R[rows] - table.prompt_len_R[rows], new_max]),
+            np.concatenate([table.exact_R[rows], new_exact]),
+        )
+
+    def _overcommitment(self) -> float:
+        """Tokens by which the forecast may exceed the device's KV, to be swapped at the peak."""
+        if not self._kv.can_swap:
+            return 0.0
+        blocks = min(self._kv.cpu.num_free / 2, self._config.gpu_blocks / 10)
+        return self._config.block_size * blocks
+
+    def _candidates(self) -> tuple[list[QueuedPrompt], NDArray[np.int64]]:
+        """The next prompts, at most what a step or the free KV holds, and the tokens of each that
+        are not cached."""
+        block = self._config.block_size
+        room = min(self._config.max_num_batched_tokens, self._kv.gpu.num_free * block)
+        candidates, own, total = [], [], 0
+        for item in islice(self.waiting, self._table.num_free):
+            item.make_hashes(self._last_hashed)
+            self._last_hashed = item
+            cached = len(self._kv.cached_blocks(item.hashes)) * block
+            candidates.append(item)
+            own.append(item.num_prompt_tokens - cached)
+            total += own[-1]
+            if total >= room:
+                break
+        return candidates, np.array(own, dtype=np.int64)
+
+    def _merge_duplicates(self, window: list[QueuedPrompt]) -> list[QueuedPrompt]:
+        """The first of each set of equal prompts, with the others attached to it."""
+        alike: defaultdict[tuple[object, ...], list[QueuedPrompt]] = defaultdict(list)
+        for item in window:
+            alike[item.bucket].append(item)
+        kept: list[QueuedPrompt] = []
+        for items in alike.values():
+            first: dict[int, QueuedPrompt] = {}
+            for item in items:
+                ids = item.prompt.token_ids
+                other = first.setdefault(hash(tuple(ids)), item) if len(items) > 1 else item
+                if other is item or other.prompt.token_ids != ids:
+                    kept.append(item)
+                else:
+                    other.duplicates.append(item.prompt)
+        self._counters.merged_prompts += len(window) - len(kept)
+        return kept
