@@ -159,7 +159,7 @@ def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: 
     from batchgen.runner import check_job, open_ledger_storage
 
     planned = check_job(spec)
-    columns = output_schema(spec.output, planned.schema)
+    columns = output_schema(spec.output, planned.schema, num_samples=spec.sampling.n)
     shown = {
         "name": spec.name,
         "input": [{"uri": redact(f.uri), "size_bytes": f.size_bytes} for f in planned.files],

@@ -4,7 +4,7 @@ InputFile, Unit        how the input is cut          reader  → ledger, runner
 InputRow               one row of input              reader  → prompts
 Prompt                 token ids for the engine      prompts → engine
 Completion             token ids from the engine     engine  → runner
-OutputRow              one finished row of output    runner  → ledger, writer
+OutputRow              how a row succeeded           runner  → ledger, writer
 RowFailure, RowSkip    how a row ended otherwise     any     → ledger
 Part                   one output file               writer  → ledger
 EngineStats            counters for people           engine  → monitor
@@ -71,33 +71,49 @@ class Prompt:
 
     key: RowKey
     token_ids: Sequence[int]  # at least one
-    max_tokens: int  # at least one
-    seed: int  # 63 bits, from row_seed()
+    max_tokens: int  # of each sample, at least one
+    seeds: tuple[int, ...]  # one a sample, 63 bits, from row_seed()
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What the engine generated for one prompt.
+class SampleOutput:
+    """One sample of a prompt.
 
     `token_ids` holds every generated token up to and with the one that ended it (a stop token or
     the token in which a stop string was completed); taking those off the text is the runner's.
     """
 
-    key: RowKey
     token_ids: Sequence[int]
     finish_reason: FinishReason
-    num_prompt_tokens: int
     seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine generated for one prompt."""
+
+    key: RowKey
+    outputs: tuple[SampleOutput, ...]  # in the order of the prompt's seeds
+    num_prompt_tokens: int
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all samples."""
+        return sum(len(output.token_ids) for output in self.outputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputRow:
-    """One row of output: values by output column, of the output schema's types."""
+    """What a row of input that succeeded has come to.
+
+    `rows` are its rows of output, values by column, of the output schema's types: one, or with
+    `n_layout: explode` one for each sample.
+    """
 
     key: RowKey
     address: str
-    values: Mapping[str, object]
+    rows: tuple[Mapping[str, object], ...]
     num_prompt_tokens: int
     num_output_tokens: int
 
@@ -152,6 +168,11 @@ class EngineStats:
     blocks_total: int = 0
     blocks_used: int = 0
     kv_waste: float = 0.0  # mean over the run: 1 - tokens stored / slots allocated
+    kv_saved: float = 0.0  # mean over the run: 1 - blocks held / held if rows shared none
+    saved_blocks: int = 0  # by sharing, at the last decode step
+    peak_saved_blocks: int = 0
+    copied_blocks: int = 0  # shared ones, copied for a row to write on
+    prefix_blocks_saved: int = 0  # not read by decode steps: a group's shared prefix is read once
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     stalled_sequences: int = 0  # sequence-windows that waited in place for KV room

@@ -117,10 +117,12 @@ def run_job(
     stats = _generate(job, recovered, make_engine or load_engine, max_rows)
     counts = job.ledger.counts()
     parts = _committed_parts(job.ledger)
-    if counts.ended != counts.total or sum(part.num_rows for part in parts) != counts.ok:
+    num_written = sum(part.num_rows for part in parts)
+    if counts.ended != counts.total or num_written != counts.ok * spec.output_rows_per_row:
         raise BatchgenError(
             f"the counts do not add up: {counts.ok} ok + {counts.failed} failed + "
-            f"{counts.skipped} skipped rows of {counts.total}; nothing was published"
+            f"{counts.skipped} skipped rows of {counts.total}, and {num_written} rows of output; "
+            "nothing was published"
         )
     wall_s = time.monotonic() - started
     card = dataset_card(_card_facts(job, counts, wall_s))
@@ -136,7 +138,7 @@ def check_job(spec: JobSpec) -> InputPlan:
     """
     plan = plan_input(spec.input, spec.checkpoint.unit_rows)
     check_columns(spec.prompt, plan.schema.names)
-    output_schema(spec.output, plan.schema)
+    output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
     for row in read_sample(spec.input, plan, 1):
         check_first_row(spec.prompt, row)
     return plan
@@ -162,7 +164,7 @@ def open_job(spec: JobSpec) -> OpenJob:
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
         text_model = load_text_model(spec, model_files)
         files: Sequence[InputFile] = plan.files
-        schema = output_schema(spec.output, plan.schema)
+        schema = output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
         ledger_plan = LedgerPlan(
             files=plan.files, units=plan.units, schema_base64=encode_schema(schema)
         )
@@ -353,7 +355,7 @@ def _card_facts(job: OpenJob, counts: RunCounts, wall_s: float) -> CardFacts:
         sampling={"temperature": spec.sampling.temperature, **changed},
         columns={field.name: str(field.type) for field in job.schema},
         rows_total=counts.total,
-        rows_ok=counts.ok,
+        rows_written=counts.ok * spec.output_rows_per_row,
         rows_failed=counts.failed,
         rows_skipped=counts.skipped,
         prompt_tokens=counts.prompt_tokens,

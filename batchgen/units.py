@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from batchgen.dataset.schema import SAMPLE_INDEX
 from batchgen.dataset.storage import Storage
 from batchgen.dataset.writer import build_parts
 from batchgen.job.spec import JobSpec
@@ -26,6 +28,7 @@ from batchgen.records import (
     RowKey,
     RowResult,
     RowSkip,
+    SampleOutput,
     Unit,
 )
 
@@ -157,18 +160,19 @@ class UnitSaver:
         self, completions: Sequence[Completion], rows: Sequence[InputRow]
     ) -> list[OutputRow]:
         """The rows of output of these completions; `rows` are theirs, in the same order."""
-        texts = detokenize(
-            self._tokenizer, completions, self._spec.sampling.stop, self._stop_token_ids
+        outputs = [output for completion in completions for output in completion.outputs]
+        texts = iter(
+            detokenize(self._tokenizer, outputs, self._spec.sampling.stop, self._stop_token_ids)
         )
         return [
             OutputRow(
                 key=row.key,
                 address=row.address,
-                values=self._values(completion, row, text),
+                rows=self._rows(completion, row, list(islice(texts, len(completion.outputs)))),
                 num_prompt_tokens=completion.num_prompt_tokens,
-                num_output_tokens=len(completion.token_ids),
+                num_output_tokens=completion.num_output_tokens,
             )
-            for completion, row, text in zip(completions, rows, texts, strict=True)
+            for completion, row in zip(completions, rows, strict=True)
         ]
 
     def keep(self, results: Sequence[RowResult]) -> None:
@@ -204,15 +208,35 @@ class UnitSaver:
         self._ledger.flush_partial([row for rows in self._unsaved.values() for row in rows])
         self._unsaved.clear()
 
-    def _values(self, completion: Completion, row: InputRow, text: str) -> dict[str, object]:
+    def _rows(
+        self, completion: Completion, row: InputRow, texts: Sequence[str]
+    ) -> tuple[dict[str, object], ...]:
+        """The row's rows of output. `texts` are those of the completion's outputs."""
+        samples = [
+            self._sample_values(output, text)
+            for output, text in zip(completion.outputs, texts, strict=True)
+        ]
+        common = dict(row.values)
+        if self._spec.output.columns.meta:
+            common |= {
+                "prompt_tokens": completion.num_prompt_tokens,
+                "row_address": row.address,
+            }
+        if self._spec.output.n_layout == "explode":
+            return tuple(
+                {**common, **sample, SAMPLE_INDEX: index} for index, sample in enumerate(samples)
+            )
+        if self._spec.sampling.n == 1:
+            return ({**common, **samples[0]},)
+        return ({**common, **{name: [s[name] for s in samples] for name in samples[0]}},)
+
+    def _sample_values(self, output: SampleOutput, text: str) -> dict[str, object]:
         columns = self._spec.output.columns
-        values = {**row.values, columns.response: text}
+        values: dict[str, object] = {columns.response: text}
         if columns.meta:
             values |= {
-                "finish_reason": completion.finish_reason,
-                "prompt_tokens": completion.num_prompt_tokens,
-                "output_tokens": len(completion.token_ids),
-                "seed": completion.seed,
-                "row_address": row.address,
+                "finish_reason": output.finish_reason,
+                "output_tokens": len(output.token_ids),
+                "seed": output.seed,
             }
         return values

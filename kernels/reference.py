@@ -418,13 +418,23 @@ class SlotInputs:
     kv_starts_B: Tensor | None  # int32, tokens of a prefix that is read apart
 
 
+def copy_slots(
+    k_cache_PKSH: Tensor, v_cache_PKSH: Tensor, source_C: Tensor, target_C: Tensor
+) -> None:
+    """See copy_slots.copy_slots."""
+    size = k_cache_PKSH.shape[2]
+    for cache_PKSH in (k_cache_PKSH, v_cache_PKSH):
+        tokens_CKH = cache_PKSH[source_C // size, :, source_C % size]
+        cache_PKSH[target_C // size, :, target_C % size] = tokens_CKH
+
+
 def read_slots(
     rows_B: Tensor,
     block_table_RX: Tensor,
     kv_lens_R: Tensor,
     active_R: Tensor,
     last_tokens_R: Tensor,
-    prefix_len_1: Tensor | None,
+    prefix_lens_B: Tensor | None,
     *,
     block_size: int,
 ) -> SlotInputs:
@@ -440,7 +450,7 @@ def read_slots(
         positions_B=positions_B,
         slot_mapping_B=torch.where(active_B, slots_B, -1),
         seq_lens_B=torch.where(active_B, positions_B + 1, 0),
-        kv_starts_B=None if prefix_len_1 is None else torch.where(active_B, prefix_len_1, 0),
+        kv_starts_B=None if prefix_lens_B is None else torch.where(active_B, prefix_lens_B, 0),
     )
 
 

@@ -25,7 +25,7 @@ def _read_slots_kernel(
     kv_lens_ptr,
     active_ptr,
     last_tokens_ptr,
-    prefix_len_ptr,
+    prefix_lens_ptr,
     token_ids_ptr,
     row_ids_ptr,
     positions_ptr,
@@ -51,9 +51,9 @@ def _read_slots_kernel(
     tl.store(positions_ptr + batch, positions, mask=mask)
     tl.store(slots_ptr + batch, slots, mask=mask)
     tl.store(seq_lens_ptr + batch, tl.where(is_active, positions + 1, 0), mask=mask)
-    if prefix_len_ptr is not None:
-        kv_starts = tl.where(is_active, tl.load(prefix_len_ptr), 0)
-        tl.store(kv_starts_ptr + batch, kv_starts, mask=mask)
+    if prefix_lens_ptr is not None:
+        prefix_lens = tl.load(prefix_lens_ptr + batch, mask=mask & is_active, other=0)
+        tl.store(kv_starts_ptr + batch, prefix_lens, mask=mask)
 
 
 def read_slots(
@@ -62,19 +62,20 @@ def read_slots(
     kv_lens_R: Tensor,
     active_R: Tensor,
     last_tokens_R: Tensor,
-    prefix_len_1: Tensor | None,
+    prefix_lens_B: Tensor | None,
     *,
     block_size: int,
 ) -> SlotInputs:
     """What a decode step needs to know of the slots rows_B (int64): see SlotInputs.
 
-    prefix_len_1: tokens (int32) of a prefix that is read apart for all rows, if there is one.
+    prefix_lens_B: leading tokens (int32) of each row that are read apart, with others' the same.
     """
     size = len(rows_B)
     device = rows_B.device
     assert rows_B.dtype == last_tokens_R.dtype == torch.int64, "rows and tokens must be int64"
     assert block_table_RX.dtype == kv_lens_R.dtype == torch.int32, "blocks, lengths must be int32"
     assert active_R.dtype == torch.bool, "active must be bool"
+    assert prefix_lens_B is None or prefix_lens_B.shape == rows_B.shape, "one prefix length a row"
     assert block_table_RX.stride(1) == 1, "rows of the block table must be contiguous"
     inputs = SlotInputs(
         token_ids_B=torch.empty(size, dtype=torch.int64, device=device),
@@ -83,7 +84,7 @@ def read_slots(
         slot_mapping_B=torch.empty(size, dtype=torch.int64, device=device),
         seq_lens_B=torch.empty(size, dtype=torch.int32, device=device),
         kv_starts_B=None
-        if prefix_len_1 is None
+        if prefix_lens_B is None
         else torch.empty(size, dtype=torch.int32, device=device),
     )
     _read_slots_kernel[(triton.cdiv(size, _BLOCK),)](
@@ -92,7 +93,7 @@ def read_slots(
         kv_lens_R,
         active_R,
         last_tokens_R,
-        prefix_len_1,
+        prefix_lens_B,
         inputs.token_ids_B,
         inputs.row_ids_B,
         inputs.positions_B,

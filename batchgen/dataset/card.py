@@ -21,7 +21,7 @@ class CardFacts:
     sampling: Mapping[str, object]  # the keys that matter to a reader, in order
     columns: Mapping[str, str]  # output column to type
     rows_total: int
-    rows_ok: int
+    rows_written: int
     rows_failed: int
     rows_skipped: int
     prompt_tokens: int
@@ -53,7 +53,7 @@ def dataset_card(facts: CardFacts) -> str:
         "| | |",
         "|---|---|",
         f"| rows read | {facts.rows_total:,} |",
-        f"| rows in this dataset | {facts.rows_ok:,} |",
+        f"| rows in this dataset | {facts.rows_written:,} |",
         f"| rows failed (dead letters) | {facts.rows_failed:,} |",
         f"| rows skipped | {facts.rows_skipped:,} |",
         f"| prompt tokens | {facts.prompt_tokens:,} |",

@@ -21,14 +21,19 @@ META_COLUMNS: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "row_address": pa.string(),
 }
+PER_SAMPLE_META = ("finish_reason", "output_tokens", "seed")  # others belong to the row of input
+SAMPLE_INDEX = "sample_index"
 _MAX_EXACT_FLOAT = 2**53
 _SHOWN_CHARS = 60
 
 Problem = Callable[[object], str | None]
 
 
-def output_schema(spec: OutputSpec, input_schema: pa.Schema) -> pa.Schema:
+def output_schema(spec: OutputSpec, input_schema: pa.Schema, *, num_samples: int = 1) -> pa.Schema:
     """The kept input columns, the response, then the meta columns if asked for.
+
+    With several samples in one row (`n_layout: list`) the response is a list, and so are the meta
+    columns of a sample; with a row each (`explode`) there is a column for the sample's index.
 
     A column of which the first rows show only nulls is a string; so is any of an input without
     rows. Raises UsageError for a kept column that the input lacks or that has no type to keep it
@@ -36,9 +41,16 @@ def output_schema(spec: OutputSpec, input_schema: pa.Schema) -> pa.Schema:
     """
     columns = spec.columns
     fields = [_kept_field(name, input_schema, spec.format) for name in columns.keep]
-    fields.append(pa.field(columns.response, pa.string()))
+    is_exploded = spec.n_layout == "explode"
+    is_list = num_samples > 1 and not is_exploded
+    fields.append(pa.field(columns.response, pa.list_(pa.string()) if is_list else pa.string()))
     if columns.meta:
-        fields.extend(pa.field(name, kind) for name, kind in META_COLUMNS.items())
+        fields.extend(
+            pa.field(name, pa.list_(kind) if is_list and name in PER_SAMPLE_META else kind)
+            for name, kind in META_COLUMNS.items()
+        )
+    if columns.meta and is_exploded:
+        fields.append(pa.field(SAMPLE_INDEX, pa.int32()))
     names = [field.name for field in fields]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(

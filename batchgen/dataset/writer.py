@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build_parts", "check_values", "output_schema", "publish"]
 
+Values = Mapping[str, object]  # of one row of output, by column
+
 _DATA = "data"
 _BATCH_ROWS = 1000  # rows of one Arrow record batch, as `datasets` writes them
 _JSON_EXTENSIONS = {None: "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"}
@@ -37,15 +39,16 @@ _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float6
 def build_parts(
     spec: OutputSpec, schema: pa.Schema, unit_id: int, rows: Sequence[OutputRow]
 ) -> list[tuple[Part, bytes]]:
-    """The files of a unit's rows, in the rows' order, each of at most `max_shard_rows` rows.
+    """The files of a unit's rows of output, in order, each of at most `max_shard_rows` rows.
 
     A part's name holds its content's hash, and the same rows give the same bytes. No rows, no
     parts. The values must fit the schema (`check_values`).
     """
     step = spec.max_shard_rows
+    values = [each for row in rows for each in row.rows]
     return [
-        _build_part(spec, schema, f"{unit_id:08d}-{i:03d}", rows[start : start + step])
-        for i, start in enumerate(range(0, len(rows), step))
+        _build_part(spec, schema, f"{unit_id:08d}-{i:03d}", values[start : start + step])
+        for i, start in enumerate(range(0, len(values), step))
     ]
 
 
@@ -71,7 +74,7 @@ def publish(
 
 
 def _build_part(
-    spec: OutputSpec, schema: pa.Schema, name: str, rows: Sequence[OutputRow]
+    spec: OutputSpec, schema: pa.Schema, name: str, rows: Sequence[Values]
 ) -> tuple[Part, bytes]:
     if spec.format == "jsonl":
         data, extension = _json_lines(spec, schema, rows), _JSON_EXTENSIONS[spec.compression]
@@ -84,10 +87,8 @@ def _build_part(
     return Part(path=path, num_rows=len(rows), size_bytes=len(data), sha256=sha256), data
 
 
-def _table(schema: pa.Schema, rows: Sequence[OutputRow]) -> pa.Table:
-    columns = [
-        pa.array([row.values.get(field.name) for row in rows], type=field.type) for field in schema
-    ]
+def _table(schema: pa.Schema, rows: Sequence[Values]) -> pa.Table:
+    columns = [pa.array([row.get(field.name) for row in rows], type=field.type) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -108,7 +109,7 @@ def _parquet(spec: OutputSpec, table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _json_lines(spec: OutputSpec, schema: pa.Schema, rows: Sequence[OutputRow]) -> bytes:
+def _json_lines(spec: OutputSpec, schema: pa.Schema, rows: Sequence[Values]) -> bytes:
     data = b"".join(_json_line(schema.names, row) for row in rows)
     if spec.compression == "gzip":
         return gzip.compress(data, mtime=0)
@@ -117,8 +118,8 @@ def _json_lines(spec: OutputSpec, schema: pa.Schema, rows: Sequence[OutputRow]) 
     return data
 
 
-def _json_line(names: Sequence[str], row: OutputRow) -> bytes:
-    values = {name: row.values.get(name) for name in names}
+def _json_line(names: Sequence[str], row: Values) -> bytes:
+    values = {name: row.get(name) for name in names}
     return json.dumps(values, ensure_ascii=False, default=_json_value).encode() + b"\n"
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchgen.engine.forecast import OutputLengths, forecast_peak
+from batchgen.engine.forecast import OutputLengths, forecast_kv, forecast_step
 from batchgen.engine.kv_cache import KVCache
-from batchgen.engine.prefix_plan import order_window
+from batchgen.engine.prefix_plan import plan_window
 from batchgen.engine.sequence_table import SequenceTable
 from batchgen.engine.sequences import (
     Admissible,
@@ -52,7 +51,7 @@ class Admission:
         window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
         if config.merge_duplicates:
             window = self._merge_duplicates(window)
-        self.waiting.extend(order_window(window))
+        self.waiting.extend(self._in_order(window))
 
     def learn(self, item: QueuedPrompt, num_output_tokens: int) -> None:
         """Notes how long an output came to be, where it could have ended early."""
@@ -65,49 +64,71 @@ class Admission:
         table = self._table
         is_swapped = bool((table.state_R == State.SWAPPED).any())
         if not self.waiting or not table.num_free or is_swapped:
-            return Admissible(count=0, num_tokens=0)
+            return Admissible(count=0, num_rows=0, num_tokens=0)
         candidates, new_own = self._candidates()
-        rows = table.live_rows(State.PREFILL, State.DECODE)
+        if not candidates:
+            return Admissible(count=0, num_rows=0, num_tokens=0)
+        rows = table.live_rows(State.PREFILL, State.PENDING, State.DECODE)
         block = self._config.block_size
         # The prompt of a row that is prefilled in part has all of its blocks.
         kv_len = np.maximum(table.kv_len_R[rows], table.prompt_len_R[rows])
-        own = kv_len - table.cached_len_R[rows]
-        held = self._kv.num_blocks_R[rows] - table.cached_len_R[rows] // block
+        held = np.maximum(self._kv.num_blocks_R[rows] - table.cached_len_R[rows] // block, 0)
         shared = max(self._kv.gpu.num_used - int(held.sum()), 0)
         capacity = float((self._config.gpu_blocks - shared) * block)
-
-        slack = (block + self._config.decode_window) / 2  # the last, partly filled blocks
-        tokens = np.concatenate([own, new_own]) + slack
-        remaining = self._expected_remaining(rows, kv_len - table.prompt_len_R[rows], candidates)
-        low, high = 0, len(candidates)
-        while low < high:
-            middle = (low + high + 1) // 2
-            end = len(rows) + middle
-            if forecast_peak(tokens[:end], remaining[:end]) <= capacity:
-                low = middle
-            else:
-                high = middle - 1
+        num_samples = np.array([item.num_samples for item in candidates])
+        ends = np.cumsum(num_samples)
+        # Of its prompt, every further sample has a copy of the last, partly filled block.
+        new_tails = np.array([item.num_prompt_tokens % block for item in candidates])
+        new_tokens = np.repeat(new_tails, num_samples)
+        new_tokens[ends - num_samples] = new_own
+        tokens = np.concatenate([kv_len - table.cached_len_R[rows], new_tokens])
+        samples = [item for item in candidates for _ in range(item.num_samples)]
+        generated = kv_len - table.prompt_len_R[rows]
+        peaks = self._forecast_peaks(rows, generated, samples, tokens)[ends - 1]
+        count = int(np.searchsorted(peaks, capacity, side="right"))
         # The last of the queue would decode late and alone: better to swap a few for a while.
-        is_rest = low < len(candidates) == len(self.waiting)
-        if is_rest and forecast_peak(tokens, remaining) <= capacity + self._overcommitment():
-            low = len(candidates)
-        return Admissible(count=low, num_tokens=int(new_own[:low].sum()))
+        is_rest = count < len(candidates) == len(self.waiting)
+        if is_rest and peaks[-1] <= capacity + self._overcommitment():
+            count = len(candidates)
+        return Admissible(
+            count=count,
+            num_rows=int(num_samples[:count].sum()),
+            num_tokens=int(new_own[:count].sum()),
+        )
 
-    def _expected_remaining(
+    def _forecast_peaks(
         self,
         rows: NDArray[np.intp],
         generated: NDArray[np.int64],
         candidates: list[QueuedPrompt],
+        tokens: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """Tokens still to come of `rows`, then of `candidates`."""
-        table = self._table
+        """The KV peak, in tokens, with the first 1, 2, ... candidates beside `rows`.
+
+        `tokens`: what `rows` and then `candidates` hold of their own.
+        """
+        table, config = self._table, self._config
         new_max = np.array([item.max_tokens for item in candidates])
         new_exact = np.array([item.prompt.ignore_eos for item in candidates], dtype=np.bool_)
-        return self.output_lengths.expected_remaining(
-            np.concatenate([generated, np.zeros(len(candidates), dtype=np.int64)]),
-            np.concatenate([table.stop_len_R[rows] - table.prompt_len_R[rows], new_max]),
-            np.concatenate([table.exact_R[rows], new_exact]),
+        generated = np.concatenate([generated, np.zeros_like(new_max)])
+        max_tokens = np.concatenate([table.stop_len_R[rows] - table.prompt_len_R[rows], new_max])
+        exact = np.concatenate([table.exact_R[rows], new_exact])
+        left = max_tokens - generated
+        open_ended = generated[: len(rows)][~exact[: len(rows)]]
+        step = forecast_step(int(left.max()), config.decode_window)
+        kv = forecast_kv(
+            tokens + config.block_size // 2,  # the last, partly filled blocks
+            generated,
+            left,
+            exact,
+            self.output_lengths.survival(open_ended, int(max_tokens.max())),
+            lag=config.decode_window,
+            step=step,
+            num_steps=-(-int(left.max()) // step),
         )
+        running_K = kv[: len(rows)].sum(axis=0)
+        peaks: NDArray[np.float64] = (running_K + np.cumsum(kv[len(rows) :], axis=0)).max(axis=1)
+        return peaks
 
     def _overcommitment(self) -> float:
         """Tokens by which the forecast may exceed the device's KV, to be swapped at the peak."""
@@ -122,7 +143,11 @@ class Admission:
         block = self._config.block_size
         room = min(self._config.max_num_batched_tokens, self._kv.gpu.num_free * block)
         candidates, own, total = [], [], 0
-        for item in islice(self.waiting, self._table.num_free):
+        free_rows = self._table.num_free
+        for item in self.waiting:
+            free_rows -= item.num_samples
+            if free_rows < 0:
+                break
             item.make_hashes(self._last_hashed)
             self._last_hashed = item
             cached = len(self._kv.cached_blocks(item.hashes)) * block
@@ -132,6 +157,19 @@ class Admission:
             if total >= room:
                 break
         return candidates, np.array(own, dtype=np.int64)
+
+    def _in_order(self, window: list[QueuedPrompt]) -> list[QueuedPrompt]:
+        """In the order of the prefix plan; without prefix caching nothing counts as shared."""
+        caches = self._config.enable_prefix_caching
+        nothing = np.empty(0, dtype=np.int32)
+        plan = plan_window(
+            [item.token_ids if caches else nothing for item in window],
+            [item.num_prompt_tokens + item.max_tokens for item in window],
+        )
+        ordered = [window[index] for index in plan.order.tolist()]
+        for item, num_shared in zip(ordered, plan.shared_lens.tolist(), strict=True):
+            item.num_shared = num_shared
+        return ordered
 
     def _merge_duplicates(self, window: list[QueuedPrompt]) -> list[QueuedPrompt]:
         """The first of each set of equal prompts, with the others attached to it."""

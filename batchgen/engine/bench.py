@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class RequestList(PromptSource):
 
 
 def read_requests(path: Path) -> list[Prompt]:
-    """Lines of {"prompt_token_ids": [...], "max_tokens": N, "ignore_eos": bool}."""
+    """Lines of {"prompt_token_ids": [...], "max_tokens": N, "ignore_eos": bool, "n": samples}."""
     prompts = []
     with path.open(encoding="utf-8") as lines:
         for index, line in enumerate(lines):
@@ -47,19 +48,24 @@ def _parse_request(path: Path, index: int, line: str) -> Prompt:
         request = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
-    known = {"prompt_token_ids", "max_tokens", "ignore_eos"}
+    known = {"prompt_token_ids", "max_tokens", "ignore_eos", "n"}
     if not isinstance(request, dict) or not request.keys() <= known:
         raise UsageError(f"{where}: expected an object with the keys {sorted(known)}")
     ids, max_tokens = request.get("prompt_token_ids"), request.get("max_tokens")
     if not ids or not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UsageError(f"{where}: prompt_token_ids must be a list of at least one token id")
+    if not all(0 <= i < 1 << 31 for i in ids):
+        raise UsageError(f"{where}: a token id is negative or over 2^31")
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise UsageError(f"{where}: max_tokens must be at least 1, got {max_tokens!r}")
+    num_samples = request.get("n", 1)
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise UsageError(f"{where}: n must be at least 1, got {num_samples!r}")
     return Prompt(
         key=RowKey(unit_id=0, index=index),
-        token_ids=ids,
+        token_ids=array("i", ids),
         max_tokens=max_tokens,
-        seed=row_seed(0, f"request:{index}"),
+        seeds=tuple(row_seed(0, f"request:{index}", i) for i in range(num_samples)),
         ignore_eos=bool(request.get("ignore_eos", False)),
     )
 
@@ -93,22 +99,24 @@ def run_bench(
     device = resolve_device(options.device)
     ceilings = measured_ceilings(device)  # before the engine takes the memory
     start = time.perf_counter()
+    sampling = dataclasses.replace(sampling, n=max(len(prompt.seeds) for prompt in prompts))
     engine = build_engine(model, files, options, sampling, decode=None)
     ready = time.perf_counter()
-    generated: dict[int, int] = {}
+    generated: dict[int, list[int]] = {}  # lengths of a prompt's samples
     for completions in engine.run(RequestList(prompts)):
         for completion in completions:
-            generated[completion.key.index] = len(completion.token_ids)
+            generated[completion.key.index] = [len(out.token_ids) for out in completion.outputs]
     done = time.perf_counter()
     assert len(generated) == len(prompts), "requests are missing"
     stats = engine.stats()
     wall_s = done - ready
-    output_tokens = sum(generated.values())
+    output_tokens = sum(sum(lengths) for lengths in generated.values())
     floors = floor_seconds(
         model, [(p.token_ids, generated[p.key.index]) for p in prompts], ceilings
     )
     return {
         "requests": len(prompts),
+        "samples": sum(len(prompt.seeds) for prompt in prompts),
         "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
         "output_tokens": output_tokens,
         "startup_s": round(ready - start, 3),
@@ -120,6 +128,9 @@ def run_bench(
         "decode_steps": stats.decode_steps,
         "kv_blocks": stats.blocks_total,
         "kv_waste": round(stats.kv_waste, 4),
+        "kv_saved": round(stats.kv_saved, 4),
+        "peak_saved_blocks": stats.peak_saved_blocks,
+        "copied_blocks": stats.copied_blocks,
         "swapped_out_blocks": stats.swapped_out_blocks,
         "swapped_in_blocks": stats.swapped_in_blocks,
         "stalled_sequences": stats.stalled_sequences,

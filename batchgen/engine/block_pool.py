@@ -74,10 +74,15 @@ class BlockPool:
         return np.array(found, dtype=np.int32)
 
     def share(self, blocks: Blocks) -> None:
-        """Takes one more reference of each of these distinct blocks, which `lookup` found."""
+        """Takes one more reference of each of these distinct blocks: used ones, or of `lookup`."""
         for block in blocks[self.ref_count[blocks] == 0].tolist():
             del self._evictable[block]
         self.ref_count[blocks] += 1
+
+    def unshare(self, blocks: Blocks) -> None:
+        """Drops a reference for each entry. Entries may repeat, and every block stays used."""
+        np.subtract.at(self.ref_count, blocks, 1)
+        assert np.all(self.ref_count[blocks] > 0), "a block's last holder gave it up"
 
     def register(self, block: int, block_hash: bytes) -> None:
         """Says that `block`, which the caller holds, will have this content for good.

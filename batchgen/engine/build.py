@@ -74,6 +74,11 @@ def build_engine(
     dtype = _resolve_dtype(options, model, device)
     max_model_len = resolve_max_model_len(model, options.max_model_len)
     max_num_seqs = options.max_num_seqs or defaults.max_num_seqs
+    if sampling.n > max_num_seqs:
+        raise UsageError(
+            f"sampling.n is {sampling.n}, but engine.max_num_seqs={max_num_seqs} sequences run at "
+            "once, and the samples of a row begin together; raise max_num_seqs, or lower n"
+        )
     max_tokens = options.max_num_batched_tokens or defaults.batched_tokens(model.hidden_size)
     decode_window = options.decode_window or defaults.decode_window
     kv_dtype = FP8 if options.kv_cache_dtype == "fp8" else dtype
@@ -88,7 +93,7 @@ def build_engine(
             per_block * -(-tokens // options.block_size),
         )
         num_blocks = usable // per_block
-    check_room(num_blocks, max_model_len, options.block_size)
+    check_room(num_blocks, max_model_len, options.block_size, has_samples=sampling.n > 1)
     with torch.inference_mode():
         state = SlotState(
             num_rows=max_num_seqs,
@@ -147,6 +152,7 @@ def build_engine(
             cpu_blocks=swap_blocks,
             enable_prefix_caching=options.enable_prefix_caching,
             merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
+            min_prefix_saving=_min_prefix_saving(options, memory, device),
         )
     )
     if sampling.stop and decode is None:
@@ -243,6 +249,16 @@ def _memory_for_kv(
     step = max_tokens * per_token + logits
     used = total - free + weights + step * dtype.itemsize + _GRAPH_BYTES
     return int(total * options.gpu_memory_utilization) - used
+
+
+def _min_prefix_saving(
+    options: EngineOptions, memory: KVMemory, device: torch.device
+) -> int | None:
+    """In blocks: see EngineOptions.min_prefix_saving_bytes."""
+    if device.type == "cpu" or options.min_prefix_saving_bytes is None:
+        return None
+    layer_KSH = memory.kv_PL2KSH[0, 0]
+    return max(1, options.min_prefix_saving_bytes // (layer_KSH.numel() * layer_KSH.element_size()))
 
 
 def _host_bytes() -> int:

@@ -198,6 +198,8 @@ class CpuOps:
             k_norm_H=k_norm_H,
             eps=config.rms_norm_eps,
         )
+        if isinstance(batch, PrefillBatch) and batch.slot_copies is not None:
+            reference.copy_slots(k_cache_PKSH, v_cache_PKSH, *batch.slot_copies)
         if self._native_rows is not None:
             rows_T, kv_lens_T = self._native_rows
             if wanted_T is not None:

@@ -1,4 +1,4 @@
-"""CUDA graphs of one decode step, one for each batch size in use, with and without a shared prefix.
+"""CUDA graphs of one decode step, for each batch size in use, without and with shared prefixes.
 
 A step reads and writes device state at fixed addresses only, so one graph, replayed k times, is a
 window of k steps. A batch is padded to the next captured size with rows that write nothing.
@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from batchgen.engine.prefix_groups import MAX_GROUPS
+
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """1, 2, 4, 8, then multiples of 16 to 256 and of 32 beyond."""
@@ -18,37 +20,45 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
+def group_sizes(max_num_seqs: int) -> list[int]:
+    """For steps with several groups, which are fewer: 16, 32, 64, then multiples of 128."""
+    sizes = [16, 32, 64, *range(128, max_num_seqs, 128)]
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
 class StepGraphs:
     """Owns the graphs and the memory pool that they share."""
 
-    def __init__(self, step: Callable[[int, bool], None], max_num_seqs: int) -> None:
-        """`step(size, has_prefix)` launches one decode step of `size` rows."""
+    def __init__(self, step: Callable[[int, int], None], max_num_seqs: int) -> None:
+        """`step(size, max_groups)` launches one decode step of `size` rows, in which up to so many
+        groups share a prefix."""
         self._step = step
-        self._sizes = graph_sizes(max_num_seqs)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        many, few = graph_sizes(max_num_seqs), group_sizes(max_num_seqs)
+        self._sizes = {0: many, 1: many, MAX_GROUPS: few}  # by max_groups
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def size_for(self, count: int) -> int:
-        return self._sizes[bisect_left(self._sizes, count)]
+    def size_for(self, count: int, max_groups: int) -> int:
+        sizes = self._sizes[max_groups]
+        return sizes[bisect_left(sizes, count)]
 
-    def capture_all(self, min_prefix_rows: int) -> None:
+    def capture_all(self) -> None:
         """Largest first, so that the smaller ones fit into the memory that it took."""
-        for size in reversed(self._sizes):
-            self._capture(size, has_prefix=False)
-            if size >= min_prefix_rows:
-                self._capture(size, has_prefix=True)
+        keys = [(size, count) for count, sizes in self._sizes.items() for size in sizes]
+        for size, max_groups in sorted(keys, reverse=True):
+            self._capture(size, max_groups)
 
-    def replay(self, size: int, *, has_prefix: bool) -> None:
-        self._graphs[size, has_prefix].replay()
+    def replay(self, size: int, max_groups: int) -> None:
+        self._graphs[size, max_groups].replay()
 
-    def _capture(self, size: int, *, has_prefix: bool) -> None:
+    def _capture(self, size: int, max_groups: int) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Compiles kernels and takes cuBLAS workspaces outside the capture.
-            self._step(size, has_prefix)
+            self._step(size, max_groups)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._step(size, has_prefix)
-        self._graphs[size, has_prefix] = graph
+            self._step(size, max_groups)
+        self._graphs[size, max_groups] = graph

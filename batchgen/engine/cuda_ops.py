@@ -13,6 +13,7 @@ from torch import Tensor
 from batchgen.engine.config import Quantization
 from batchgen.engine.inputs import DecodeBatch, LastTokens, PrefillBatch, SlotState, StepBatch
 from batchgen.engine.kv_memory import KVMemory
+from batchgen.kernels.copy_slots import copy_slots
 from batchgen.kernels.fp8 import QuantizedRows
 from batchgen.kernels.kv_write import kv_write
 from batchgen.kernels.paged_decode import DecodePlan, paged_decode, plan_decode
@@ -121,6 +122,8 @@ class CudaOps:
             eps=self._config.rms_norm_eps,
         )
         if isinstance(batch, PrefillBatch):
+            if batch.slot_copies is not None:
+                copy_slots(k_cache_PKSH, v_cache_PKSH, *batch.slot_copies)
             queries: PrefillBatch | LastTokens = batch
             if wanted_T is not None:
                 q_TNH, queries = q_TNH[wanted_T], batch.last
@@ -143,10 +146,10 @@ class CudaOps:
     def _decode(
         self, q_BNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor, batch: DecodeBatch
     ) -> Tensor:
-        """Each sequence's own KV; a shared prefix is read once for all and merged in."""
+        """Each sequence's own KV; a prefix is read once for all that share it and merged in."""
         assert self._decode_plan is not None
-        prefix, size = batch.prefix, len(q_BNH)
-        if prefix is None:
+        prefixes, count = batch.prefixes, batch.max_groups
+        if prefixes is None:
             return paged_decode(
                 q_BNH,
                 k_cache_PKSH,
@@ -173,10 +176,10 @@ class CudaOps:
             q_BNH,
             k_cache_PKSH,
             v_cache_PKSH,
-            prefix.block_table_1X,
-            prefix.len_1,
-            prefix.members_B[:size],
-            prefix.cu_members[size],
+            prefixes.block_table_GX[:count],
+            prefixes.lens_G[:count],
+            prefixes.members_B[: len(q_BNH)],
+            prefixes.cu_members_G1[: count + 1],
             scale=self._scale,
         )
         return merge_attention(own_BNH, own_lse_BN, prefix_BNH, prefix_lse_BN)

@@ -7,6 +7,7 @@ of decode steps costs it a few array operations over all of them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Collection, Iterator
 
@@ -19,7 +20,7 @@ from batchgen.engine.step_plan import StepPlan
 from batchgen.engine.stopping import StopStrings
 from batchgen.errors import BatchgenError
 from batchgen.kernels.reference import NAN_TOKEN
-from batchgen.records import Completion, EngineStats, PromptSource
+from batchgen.records import Completion, EngineStats, Prompt, PromptSource, SampleOutput
 
 PLANNING_WINDOW = 65536  # prompts that are ordered together
 
@@ -123,30 +124,32 @@ class Engine:
         return {row: count for row, count in pairs if count is not None}
 
     def _complete(self, row: int, count: int | None) -> list[Completion]:
-        """One for each prompt that the row stands for.
+        """Takes the row's sample out. With the last one of its prompt: a completion for each prompt
+        that it stands for.
 
         `count`: the tokens kept of a row that a stop string ended, None for all others.
         """
         tokens = self._outputs.take(row, count)
+        sample = int(self._scheduler.table.sample_R[row])
         item = self._scheduler.finish(row, len(tokens))
         self._output_tokens += len(tokens) * len(item.duplicates)
         last = int(tokens[-1])
         ends = last in self._stop_token_ids or (
             last in self._eos_token_ids and not item.prompt.ignore_eos
         )
-        prompts = [item.prompt, *item.duplicates]
-        self._num_finished += len(prompts)
-        token_ids = tokens.tolist()
-        return [
-            Completion(
-                key=prompt.key,
-                token_ids=token_ids,
-                finish_reason="stop" if ends or count is not None else "length",
-                num_prompt_tokens=item.num_prompt_tokens,
-                seed=prompt.seed,
-            )
-            for prompt in prompts
-        ]
+        item.outputs[sample] = SampleOutput(
+            token_ids=tokens.tolist(),
+            finish_reason="stop" if ends or count is not None else "length",
+            seed=item.prompt.seeds[sample],
+        )
+        if len(item.outputs) < item.num_samples:
+            return []
+        self._num_finished += 1 + len(item.duplicates)
+        outputs = tuple(item.outputs[index] for index in range(item.num_samples))
+        completion = Completion(
+            key=item.prompt.key, outputs=outputs, num_prompt_tokens=item.num_prompt_tokens
+        )
+        return [completion, *(_for_duplicate(completion, other) for other in item.duplicates)]
 
     def stats(self) -> EngineStats:
         scheduler, counters = self._scheduler, self._scheduler.counters
@@ -164,7 +167,19 @@ class Engine:
             blocks_total=scheduler.config.gpu_blocks,
             blocks_used=scheduler.kv.gpu.num_used,
             kv_waste=counters.waste_sum / max(counters.waste_samples, 1),
+            kv_saved=counters.saved_sum / max(counters.waste_samples, 1),
+            saved_blocks=counters.saved_blocks,
+            peak_saved_blocks=counters.peak_saved_blocks,
+            copied_blocks=counters.copied_blocks,
+            prefix_blocks_saved=counters.prefix_blocks_saved,
             swapped_out_blocks=counters.swapped_out_blocks,
             swapped_in_blocks=counters.swapped_in_blocks,
             stalled_sequences=counters.stalled,
         )
+
+
+def _for_duplicate(completion: Completion, prompt: Prompt) -> Completion:
+    """The same outputs, as those of an equal prompt."""
+    pairs = zip(completion.outputs, prompt.seeds, strict=True)
+    outputs = tuple(dataclasses.replace(output, seed=seed) for output, seed in pairs)
+    return dataclasses.replace(completion, key=prompt.key, outputs=outputs)

@@ -1,4 +1,7 @@
-"""How much KV the sequences at hand will need at their peak. No torch."""
+"""How much KV the sequences at hand will need, and how long their outputs will be. No torch.
+
+Legend: N sequences, K steps of the forecast, each of some decode steps.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+_MAX_STEPS = 64
 
 
-def forecast_peak(kv_tokens: Floats, remaining_tokens: Floats) -> float:
-    """The largest KV, in tokens, if every sequence grows one token a step and then leaves.
+def forecast_step(longest: int, window: int) -> int:
+    """Decode steps between two looks of a forecast: whole windows, at most 64 looks."""
+    return max(1, -(-longest // (_MAX_STEPS * window))) * window
 
-    Sorted by what remains, longest first, the KV just before sequence j leaves is that of the
-    first j + 1 sequences, each grown by remaining[j]: the peak is the largest of these.
+
+def forecast_kv(
+    kv_tokens_N: Ints,
+    generated_N: Ints,
+    left_N: Ints,
+    exact_N: NDArray[np.bool_],
+    survival: Floats,
+    *,
+    lag: int,
+    step: int,
+    num_steps: int,
+) -> Floats:
+    """[N, K]: the KV, in tokens, that each sequence is expected to hold at most during each step.
+
+    A sequence has kv_tokens_N now, of which generated_N are output, and makes at most left_N more:
+    exactly so many where exact_N says so, else it goes on as `survival` has it (see
+    OutputLengths.survival). What ends within a step holds its KV to the step's end, and for `lag`
+    decode steps more if its end was not known before: the host has to read it first.
     """
-    if len(kv_tokens) == 0:
-        return 0.0
-    order = np.argsort(-remaining_tokens, kind="stable")
-    remaining = remaining_tokens[order]
-    alive = np.arange(1, len(remaining) + 1)
-    return float(np.max(np.cumsum(kv_tokens[order]) + remaining * alive))
+    starts_K = np.arange(num_steps) * step
+    tokens_NK = kv_tokens_N[:, None] + np.minimum(left_N[:, None], starts_K + step)
+    alive_NK = (left_N[:, None] > starts_K).astype(np.float64)
+    is_open = ~exact_N
+    last = len(survival) - 1
+    now_N = np.minimum(generated_N[is_open], last)
+    then_NK = np.minimum(now_N[:, None] + np.maximum(starts_K - lag, 0), last)
+    alive_NK[is_open] *= survival[then_NK] / survival[now_N][:, None]
+    expected_NK: Floats = tokens_NK * alive_NK
+    return expected_NK
 
 
 class OutputLengths:
@@ -47,26 +73,18 @@ class OutputLengths:
             self._ended[num_tokens] += 1
             self._num_ended += 1
 
-    def expected_remaining(
-        self, generated: Floats, max_tokens: Floats, exact: NDArray[np.bool_]
-    ) -> Floats:
-        """Tokens still to come, per sequence. `exact` marks those that cannot stop early."""
-        left = max_tokens - generated
-        if self._num_ended < self.MIN_SAMPLES or exact.all():
-            return np.where(exact, left, left * 0.5)
-        open_ended = ~exact
-        survival = self._survival(generated[open_ended], int(max_tokens[open_ended].max()))
-        area = np.concatenate([[0.0], np.cumsum(survival)])
-        begin = np.minimum(generated, len(survival) - 1).astype(np.int64)
-        end = np.minimum(max_tokens, len(survival)).astype(np.int64)
-        expected = np.minimum((area[end] - area[begin]) / survival[begin], left)
-        return np.where(exact, left, expected)
+    def survival(self, running: Ints, length: int) -> Floats:
+        """[length]: the share of outputs that have more than t tokens, over 0 everywhere.
 
-    def _survival(self, running: Floats, length: int) -> Floats:
-        """[length]: the share of outputs with more than t tokens, over 0 everywhere.
-
-        Beyond the longest that was seen, tokens end an output as often as on the whole.
+        `running`: how many tokens the outputs have that have not ended. Before enough have ended,
+        a length is taken for as likely as it is long: to admit too much costs more than to wait.
         """
+        if self._num_ended < self.MIN_SAMPLES:
+            return 1.0 - (np.arange(length) / length) ** 2
+        return self._learned(running, length)
+
+    def _learned(self, running: Ints, length: int) -> Floats:
+        """Beyond the longest that was seen, tokens end an output as often as on the whole."""
         size = len(self._ended)
         running_at = np.bincount(np.minimum(running, size - 1).astype(np.int64), minlength=size)
         at_risk = np.cumsum((self._ended + self._cut + running_at)[::-1])[::-1]

@@ -42,6 +42,7 @@ def sampling_options(sampling: SamplingSpec, config: ModelConfig) -> SamplingOpt
         eos_token_ids=config.eos_token_ids,
         stop_token_ids=sampling.stop_token_ids,
         stop=sampling.stop,
+        n=sampling.n,
     )
 
 

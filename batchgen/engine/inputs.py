@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchgen.engine.step_plan import BlockTableUpdates, Int32, NewSequences, PrefillPlan
+from batchgen.engine.prefix_groups import MAX_GROUPS
+from batchgen.engine.step_plan import BlockTableUpdates, NewSequences, PrefillPlan, PrefixGroups
 from batchgen.kernels.reference import SlotInputs
 
 
@@ -80,25 +81,48 @@ class PrefillBatch:
     rows_B: Tensor  # int32
     cu_seqlens_q_B1: Tensor  # int32
     seq_lens_B: Tensor  # int32
+    slot_copies: tuple[Tensor, Tensor] | None  # int64: source and target slots, see SlotCopies
     last: LastTokens
     query_lens: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
 
 
-class SharedPrefix:
-    """The leading blocks that all sequences of a decode batch have in common, on the device."""
+class SharedPrefixes:
+    """Groups of a decode batch whose leading blocks are read once a group, on the device.
+
+    As many of the tensors' entries are in use as the captured step has groups and rows: a group
+    past the last is empty.
+    """
 
     def __init__(self, max_blocks: int, max_num_seqs: int, device: torch.device) -> None:
-        self.block_table_1X = torch.zeros(1, max_blocks, dtype=torch.int32, device=device)
-        self.len_1 = torch.zeros(1, dtype=torch.int32, device=device)  # tokens
-        self.members_B = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        # Row n is [0, n]: one group of n members.
-        self.cu_members = torch.stack([torch.zeros_like(self.members_B), self.members_B], dim=1)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def set(self, blocks: Int32, block_size: int) -> None:
-        device = self.len_1.device
-        self.block_table_1X[0, : len(blocks)] = to_device(blocks, device)
-        self.len_1.fill_(len(blocks) * block_size)
+        self.block_table_GX = zeros(MAX_GROUPS, max_blocks)
+        self.lens_G = zeros(MAX_GROUPS)  # tokens
+        self.members_B = zeros(max_num_seqs)  # positions in the batch, group by group
+        self.cu_members_G1 = zeros(MAX_GROUPS + 1)
+        self.lens_B = zeros(max_num_seqs)  # of each row's group, 0 without one
+
+    def set(self, groups: PrefixGroups, batch_size: int, block_size: int) -> None:
+        """Queues the groups' copy to the device. `batch_size`: rows of the step, padding too."""
+        device = self.lens_G.device
+        sizes = np.diff(groups.cu_members)
+        num_blocks = [len(blocks) for blocks in groups.blocks]
+        table = np.zeros((len(sizes), max(num_blocks)), dtype=np.int32)
+        for row, blocks in zip(table, groups.blocks, strict=True):
+            row[: len(blocks)] = blocks
+        lens = np.zeros(MAX_GROUPS, dtype=np.int32)
+        lens[: len(sizes)] = np.array(num_blocks) * block_size
+        cu_members = np.full(MAX_GROUPS + 1, groups.cu_members[-1], dtype=np.int32)
+        cu_members[: len(groups.cu_members)] = groups.cu_members
+        lens_of_rows = np.zeros(batch_size, dtype=np.int32)
+        lens_of_rows[groups.members] = np.repeat(lens[: len(sizes)], sizes)
+        self.block_table_GX[: len(sizes), : table.shape[1]] = to_device(table, device)
+        self.lens_G.copy_(to_device(lens, device))
+        self.members_B[: len(groups.members)] = to_device(groups.members, device)
+        self.cu_members_G1.copy_(to_device(cu_members, device))
+        self.lens_B[:batch_size] = to_device(lens_of_rows, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +134,9 @@ class DecodeBatch:
     slot_mapping_T: Tensor  # int64
     rows_B: Tensor  # int32
     seq_lens_B: Tensor  # int32, the token of this step counted
-    kv_starts_B: Tensor | None  # int32, tokens of the shared prefix, where it is read apart
-    prefix: SharedPrefix | None
+    kv_starts_B: Tensor | None  # int32, tokens of a shared prefix that is read apart
+    prefixes: SharedPrefixes | None
+    max_groups: int  # groups that the prefixes may have
 
 
 StepBatch = PrefillBatch | DecodeBatch
@@ -138,6 +163,12 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
         rows_B=to_device(plan.rows, device),
         cu_seqlens_q_B1=to_device(cu_seqlens, device),
         seq_lens_B=to_device(plan.seq_lens, device),
+        slot_copies=None
+        if plan.slot_copies is None
+        else (
+            to_device(plan.slot_copies.source, device),
+            to_device(plan.slot_copies.target, device),
+        ),
         last=last,
         query_lens=plan.query_lens,
         seq_lens=plan.seq_lens,
@@ -149,16 +180,18 @@ def decode_batch(
     state: SlotState,
     rows_B: Tensor,
     block_size: int,
-    prefix: SharedPrefix | None,
+    prefixes: SharedPrefixes,
+    max_groups: int,
 ) -> DecodeBatch:
     """Made on the device from the slot table alone: part of the captured step."""
+    size = len(rows_B)
     inputs = read_slots(
         rows_B,
         state.block_table_RX,
         state.kv_lens_R,
         state.active_R,
         state.last_tokens_R,
-        None if prefix is None else prefix.len_1,
+        prefixes.lens_B[:size] if max_groups else None,
         block_size=block_size,
     )
     return DecodeBatch(
@@ -168,7 +201,8 @@ def decode_batch(
         rows_B=inputs.row_ids_B,
         seq_lens_B=inputs.seq_lens_B,
         kv_starts_B=inputs.kv_starts_B,
-        prefix=prefix,
+        prefixes=prefixes if max_groups else None,
+        max_groups=max_groups,
     )
 
 

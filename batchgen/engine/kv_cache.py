@@ -1,13 +1,23 @@
 """Which sequence holds which KV blocks, on the device and, when swapped out, on the host.
 
 No torch. One row a sequence slot; a swapped sequence keeps its row, only its blocks move.
-Legend: R rows, X blocks of the longest sequence.
+
+Rows share blocks by reference count: a prefix, or all that the samples of one prompt began with. A
+block that several rows hold is full or is not written: the row that would write gets a copy first.
+
+Every block is in one pool. What a swapped row shares with a row on the device stays there; the
+rest, and what only swapped rows hold, can move to the host, for all of its holders at once. So
+swapping takes on the host what it frees on the device, whoever shares what.
+Source: copy-on-write of partly filled blocks, vLLM's PagedAttention (SOSP 2023).
+
+Legend: R rows, X blocks of the longest sequence, P blocks of the device's pool.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +50,14 @@ def block_hashes(
     return hashes
 
 
+@dataclass(slots=True)
+class _SwappedRow:
+    """The blocks of a swapped row in the order of its tokens, each in one of the pools."""
+
+    blocks: Blocks
+    on_host: NDArray[np.bool_]
+
+
 class KVCache:
     """Owns the block table and both pools."""
 
@@ -51,11 +69,14 @@ class KVCache:
         self.cpu = BlockPool(cpu_blocks)
         self.table_RX = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int32)  # held on the device
-        self._swapped: dict[int, Blocks] = {}  # row -> host blocks
+        self._swapped: dict[int, _SwappedRow] = {}
+        self._swapped_holders_P = np.zeros(gpu_blocks, dtype=np.int32)  # of the references
+        self._copies: list[tuple[Blocks, Blocks]] = []
         self._updates: list[tuple[Int32, Int32, Int32]] = []
         self._copies_out: list[tuple[Blocks, Blocks]] = []
         self._copies_in: list[tuple[Blocks, Blocks]] = []
         self._leaving_host: list[Blocks] = []  # read by this step's copies, free after it
+        self._kept: set[int] = set()  # blocks that are held beside the rows
 
     @property
     def can_swap(self) -> bool:
@@ -94,48 +115,168 @@ class KVCache:
         self.num_blocks_R[rows] += counts.astype(np.int32)
         self._updates.append((owners, columns, fresh))
 
-    def common_blocks(self, rows: NDArray[np.intp], num_tokens: int) -> Int32:
-        """The leading blocks, within the first `num_tokens`, that all of `rows` share."""
-        first_X = self.table_RX[rows[0], : num_tokens // self.block_size]
-        if len(first_X) == 0 or self.gpu.ref_count[first_X[0]] < len(rows):
-            return first_X[:0].copy()
-        is_same_X = (self.table_RX[rows, : len(first_X)] == first_X).all(axis=0)
-        count = len(first_X) if is_same_X.all() else int(np.argmin(is_same_X))
-        return first_X[:count].copy()
+    def fork(self, row: int, others: Sequence[int]) -> None:
+        """Gives `others`, which hold nothing, the blocks of `row` as well."""
+        blocks = self._row_blocks(row)
+        for other in others:
+            self.gpu.share(blocks)
+            self._set_row(other, blocks)
+
+    def writes_shared(
+        self, rows: NDArray[np.intp], lengths: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which rows, with `lengths` tokens, would write next into a block that others hold."""
+        columns = np.minimum(lengths // self.block_size, self.table_RX.shape[1] - 1)
+        is_shared = self.gpu.ref_count[self.table_RX[rows, columns]] > 1
+        is_partly_filled: NDArray[np.bool_] = lengths % self.block_size != 0
+        return is_partly_filled & is_shared
+
+    def copy_on_write(self, rows: NDArray[np.intp], lengths: NDArray[np.int64]) -> int:
+        """Gives rows that would write into a shared block a copy of it; returns how many copies.
+
+        Where all holders of a block are among `rows`, the first one keeps the block.
+        """
+        is_shared = self.writes_shared(rows, lengths)
+        owners = rows[is_shared].astype(np.int32)
+        columns = (lengths[is_shared] // self.block_size).astype(np.int32)
+        blocks = self.table_RX[owners, columns]
+        found, first, counts = np.unique(blocks, return_index=True, return_counts=True)
+        is_copied = np.ones(len(owners), dtype=np.bool_)
+        is_copied[first[counts == self.gpu.ref_count[found]]] = False
+        owners, columns, blocks = owners[is_copied], columns[is_copied], blocks[is_copied]
+        if len(owners) == 0:
+            return 0
+        fresh = self.gpu.allocate(len(owners))
+        self.gpu.unshare(blocks)
+        self.table_RX[owners, columns] = fresh
+        self._updates.append((owners, columns, fresh))
+        self._copies.append((blocks, fresh))
+        return len(owners)
+
+    def saved_blocks(self) -> int:
+        """How many blocks more the rows on the device would hold if they shared none."""
+        others = len(self._idle_blocks()) + sum(self.gpu.ref_count[b] == 1 for b in self._kept)
+        return int(self.num_blocks_R.sum()) - (self.gpu.num_used - int(others))
+
+    def keep(self, block: int) -> None:
+        """Holds a block that a row holds, too, and goes on when the row gives it back."""
+        self._kept.add(block)
+        self.gpu.share(np.array([block], dtype=np.int32))
+
+    def drop(self, block: int) -> None:
+        """Undoes `keep`."""
+        self._kept.remove(block)
+        self.gpu.release(np.array([block], dtype=np.int32))
 
     def release(self, row: int) -> None:
         """Gives back all that `row` holds, wherever it is."""
-        host = self._swapped.pop(row, None)
-        if host is not None:
-            self.cpu.release(host)
+        held = self._swapped.pop(row, None)
+        if held is not None:
+            on_device = held.blocks[~held.on_host]
+            self._swapped_holders_P[on_device] -= 1
+            self.gpu.release(on_device)
+            self.cpu.release(held.blocks[held.on_host])
             return
-        self.gpu.release(self._row_blocks(row))
-        self.num_blocks_R[row] = 0
+        if self.num_blocks_R[row]:
+            self.gpu.release(self._row_blocks(row))
+            self.num_blocks_R[row] = 0
 
     def can_swap_out(self, row: int) -> bool:
-        return self.cpu.num_free >= int(self.num_blocks_R[row])
-
-    def swap_out(self, row: int) -> None:
-        """Moves the row's blocks to the host; known prefixes stay known until evicted."""
         blocks = self._row_blocks(row)
-        host = self.cpu.allocate(len(blocks))
-        self._copies_out.append((blocks, host))
-        self._swapped[row] = host
-        self.gpu.release(blocks)
+        is_last = self.gpu.ref_count[blocks] == self._swapped_holders_P[blocks] + 1
+        return self.cpu.num_free >= int(np.count_nonzero(is_last))
+
+    def swap_out(self, row: int) -> int:
+        """Moves what no other row on the device holds to the host; returns how many blocks.
+
+        Known prefixes stay known until evicted.
+        """
+        blocks = self._row_blocks(row)
         self.num_blocks_R[row] = 0
+        self._swapped[row] = _SwappedRow(blocks, np.zeros(len(blocks), dtype=np.bool_))
+        self._swapped_holders_P[blocks] += 1
+        holders = self._swapped_holders_P[blocks]
+        is_idle = self.gpu.ref_count[blocks] == holders
+        is_own = bool((holders[is_idle] == 1).all())
+        self._move_out(blocks[is_idle], [row] if is_own else list(self._swapped))
+        return int(np.count_nonzero(is_idle))
+
+    def swap_out_idle(self, count: int, keep: int | None = None) -> int:
+        """Moves up to `count` blocks that only swapped rows hold, but none of the row `keep`, to
+        the host, as far as it has room; returns how many."""
+        idle = self._idle_blocks()
+        if keep in self._swapped:
+            idle = np.setdiff1d(idle, self._swapped[keep].blocks[~self._swapped[keep].on_host])
+        idle = idle[: max(0, min(count, self.cpu.num_free))]
+        self._move_out(idle, list(self._swapped))
+        return len(idle)
 
     def swapped_blocks(self, row: int) -> int:
-        return len(self._swapped[row])
+        """Blocks of the row that are on the host."""
+        return int(np.count_nonzero(self._swapped[row].on_host))
 
-    def swap_in(self, row: int, hashes: Sequence[bytes]) -> None:
-        """Brings the row back. Blocks whose content is still known are shared, not copied."""
-        host = self._swapped.pop(row)
+    def swap_in(self, row: int, hashes: Sequence[bytes]) -> int:
+        """Brings the row back; returns how many blocks left the host for it.
+
+        Blocks whose content is still known are shared, not copied.
+        """
+        held = self._swapped[row]
+        places = np.flatnonzero(held.on_host)
+        host = held.blocks[places]
         cached = self.cached_blocks(hashes)
-        self.gpu.share(cached)
-        fresh = self.gpu.allocate(len(host) - len(cached))
-        self._copies_in.append((host[len(cached) :], fresh))
+        known = cached[places[places < len(cached)]]
+        self.gpu.share(known)
+        fresh = self.gpu.allocate(len(places) - len(known))
+        blocks = np.concatenate([known, fresh])
+        self._copies_in.append((host[len(known) :], fresh))
+        is_own = bool((self.cpu.ref_count[host] == 1).all())
+        self.cpu.share(host)  # until this step's copies have read them
         self._leaving_host.append(host)
-        self._set_row(row, np.concatenate([cached, fresh]))
+        self._rehome(host, blocks, [row] if is_own else list(self._swapped), to_host=False)
+        self.gpu.release(blocks)  # each holder has a reference of its own by now
+        del self._swapped[row]
+        self._swapped_holders_P[held.blocks] -= 1
+        self._set_row(row, held.blocks)
+        return len(host)
+
+    def _idle_blocks(self) -> Blocks:
+        """Blocks on the device that only swapped rows hold."""
+        if not self._swapped:
+            return np.empty(0, dtype=np.int32)
+        held = self._swapped_holders_P
+        return np.flatnonzero((held > 0) & (self.gpu.ref_count == held)).astype(np.int32)
+
+    def _move_out(self, blocks: Blocks, rows: Sequence[int]) -> None:
+        """Moves blocks to the host that none but `rows`, swapped ones, hold."""
+        if len(blocks) == 0:
+            return
+        host = self.cpu.allocate(len(blocks))
+        self._copies_out.append((blocks, host))
+        self._rehome(blocks, host, rows, to_host=True)
+        self.cpu.release(host)  # each holder has a reference of its own by now
+
+    def _rehome(self, old: Blocks, new: Blocks, rows: Sequence[int], *, to_host: bool) -> None:
+        """Lets those of the swapped `rows` that hold `old[i]` hold `new[i]`, in the other pool."""
+        order = np.argsort(old)
+        old, new = old[order], new[order]
+        for held in (self._swapped[row] for row in rows):
+            places = np.flatnonzero(held.on_host != to_host)
+            index = np.minimum(np.searchsorted(old, held.blocks[places]), len(old) - 1)
+            is_old = old[index] == held.blocks[places]
+            places, index = places[is_old], index[is_old]
+            held.blocks[places], held.on_host[places] = new[index], to_host
+            if to_host:
+                self._swapped_holders_P[old[index]] -= 1
+                self.gpu.release(old[index])
+                self.cpu.share(new[index])
+            else:
+                self._swapped_holders_P[new[index]] += 1
+                self.gpu.share(new[index])
+                self.cpu.release(old[index])
+
+    def take_copies(self) -> BlockCopies | None:
+        copies, self._copies = self._copies, []
+        return _join_copies(copies)
 
     def take_swap_out(self) -> BlockCopies | None:
         copies, self._copies_out = self._copies_out, []
@@ -161,9 +302,17 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Asserts that both pools agree with the table and with the swapped sequences."""
-        held = np.flatnonzero(self.num_blocks_R)
-        self.gpu.check_integrity(self._row_blocks(int(row)) for row in held)
-        self.cpu.check_integrity(self._swapped.values())
+        swapped = self._swapped.values()
+        left_behind = [held.blocks[~held.on_host] for held in swapped]
+        kept = [np.array([block]) for block in self._kept]
+        rows = np.flatnonzero(self.num_blocks_R)
+        on_device = [self._row_blocks(int(row)) for row in rows]
+        self.gpu.check_integrity([*on_device, *left_behind, *kept])
+        self.cpu.check_integrity([held.blocks[held.on_host] for held in swapped])
+        holders_P = np.zeros_like(self._swapped_holders_P)
+        for blocks in left_behind:
+            holders_P[blocks] += 1
+        assert np.array_equal(holders_P, self._swapped_holders_P), "swapped holders are miscounted"
 
     def _row_blocks(self, row: int) -> Blocks:
         return self.table_RX[row, : self.num_blocks_R[row]].copy()

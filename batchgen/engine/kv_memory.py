@@ -10,11 +10,16 @@ import ctypes
 import mmap
 import sys
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from batchgen.engine.inputs import to_device
+from batchgen.engine.step_plan import BlockCopies
 from batchgen.errors import UsageError
 from batchgen.models.config import ModelConfig
+
+_COPY_BYTES = 64 << 20
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -53,10 +58,23 @@ class KVMemory:
         """[P, elements of a block]: what a swap copies."""
         return self.kv_PL2KSH.view(self.num_blocks, -1)
 
+    def copy(self, copies: BlockCopies) -> None:
+        """Copies blocks within the device, through a buffer of at most _COPY_BYTES."""
+        rows = self.block_rows.view(torch.uint8)  # index_copy_ knows no fp8
+        step = max(1, _COPY_BYTES // rows.shape[1])
+        source = to_device(copies.source.astype(np.int64), rows.device)
+        target = to_device(copies.target.astype(np.int64), rows.device)
+        for start in range(0, len(source), step):
+            chunk = slice(start, start + step)
+            rows.index_copy_(0, target[chunk], rows.index_select(0, source[chunk]))
 
-def check_room(num_blocks: int, max_model_len: int, block_size: int) -> None:
-    """Raises UsageError when not even one sequence of `max_model_len` fits."""
-    needed = -(-max_model_len // block_size)
+
+def check_room(num_blocks: int, max_model_len: int, block_size: int, *, has_samples: bool) -> None:
+    """Raises UsageError when not even one sequence of `max_model_len` fits.
+
+    `has_samples`: it is one of several of its prompt, whose last block stays for the others.
+    """
+    needed = -(-max_model_len // block_size) + has_samples
     if num_blocks < needed:
         raise UsageError(
             f"the KV cache has room for {max(num_blocks, 0) * block_size} tokens, but one sequence "

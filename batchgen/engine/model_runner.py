@@ -1,7 +1,7 @@
 """Runs plans on the device. Nothing here waits for the device; `StepResult.wait` does.
 
-Legend: R rows of the slot table, T tokens, B sequences of a step, k steps of a window,
-D hidden, V vocabulary.
+Legend: R rows of the slot table, T tokens, B sequences of a step, S samples of the prompts that
+end in a step, k steps of a window, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchgen.engine.cuda_graphs import StepGraphs
 from batchgen.engine.inputs import (
-    SharedPrefix,
+    SharedPrefixes,
     SlotState,
     StepBatch,
     decode_batch,
@@ -24,14 +24,16 @@ from batchgen.engine.inputs import (
 )
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.engine.ops import EngineOps
+from batchgen.engine.prefix_groups import MAX_GROUPS
 from batchgen.engine.sampler import Sampler
-from batchgen.engine.step_plan import DecodePlan, NewSequences, PrefillPlan, StepPlan
+from batchgen.engine.step_plan import (
+    DecodePlan,
+    NewSequences,
+    PrefillPlan,
+    StepPlan,
+)
 from batchgen.engine.swap import SwapSpace
 from batchgen.models.decoder import Decoder
-
-# Below these, two more kernels a layer cost more than the reads that they save.
-MIN_PREFIX_ROWS = 16
-MIN_PREFIX_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +78,11 @@ class ModelRunner:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         shape = (decode_window, max_num_seqs)
         self._tokens_kB = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._prefix = SharedPrefix(state.block_table_RX.shape[1], max_num_seqs, device)
+        self._prefixes = SharedPrefixes(state.block_table_RX.shape[1], max_num_seqs, device)
         self._graphs: StepGraphs | None = None
         if use_graphs:
             self._graphs = StepGraphs(
-                lambda size, has_prefix: self._decode_step(self._rows_B[:size], has_prefix),
+                lambda size, max_groups: self._decode_step(self._rows_B[:size], max_groups),
                 max_num_seqs,
             )
 
@@ -94,13 +96,15 @@ class ModelRunner:
         self._prefill(_padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size))
         self.state.kv_lens_R.zero_()
         if self._graphs is not None:
-            self._graphs.capture_all(MIN_PREFIX_ROWS)
+            self._graphs.capture_all()
         torch.cuda.synchronize()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepResult:
         """Queues the step's copies and work on the device, in the order that StepPlan says."""
         self._swap.run(plan.swap_out, plan.swap_in)
+        if plan.copies is not None:
+            self._memory.copy(plan.copies)
         if plan.table is not None:
             self.state.update_table(plan.table)
         if plan.prefill is not None:
@@ -122,42 +126,41 @@ class ModelRunner:
                 active_B=torch.empty(0, dtype=torch.bool),
                 event=None,
             )
-        logits_BV = self._decoder.logits(hidden_BD)
-        tokens_B = self._sampler.sample_and_advance(
-            self.state, last.rows_B, last.seq_lens_B, logits_BV
-        )
-        return self._result(tokens_B[None], last.rows_B)
+        logits_SV = self._decoder.logits(hidden_BD)
+        rows_S, kv_lens_S = last.rows_B, last.seq_lens_B
+        if len(plan.sample_rows) > len(hidden_BD):
+            sample_of_S = to_device(plan.sample_of.astype(np.int64), device)
+            rows_S = to_device(plan.sample_rows.astype(np.int64), device)
+            kv_lens_S, logits_SV = kv_lens_S[sample_of_S], logits_SV[sample_of_S]
+        tokens_S = self._sampler.sample_and_advance(self.state, rows_S, kv_lens_S, logits_SV)
+        return self._result(tokens_S[None], rows_S)
 
     def _decode(self, plan: DecodePlan) -> StepResult:
         count = len(plan.rows)
-        size = count if self._graphs is None else self._graphs.size_for(count)
+        max_groups = 0
+        if plan.groups is not None:
+            max_groups = 1 if len(plan.groups.blocks) == 1 else MAX_GROUPS
+        size = count if self._graphs is None else self._graphs.size_for(count, max_groups)
         rows = np.full(size, self.state.padding_row, dtype=np.int64)
         rows[:count] = plan.rows
         self._rows_B[:size] = to_device(rows, self.state.device)
         self._step.zero_()
-        has_prefix = self._set_prefix(plan)
+        if plan.groups is not None:
+            self._prefixes.set(plan.groups, size, self._memory.block_size)
         for _ in range(plan.num_steps):
             if self._graphs is None:
-                self._decode_step(self._rows_B[:size], has_prefix)
+                self._decode_step(self._rows_B[:size], max_groups)
             else:
-                self._graphs.replay(size, has_prefix=has_prefix)
+                self._graphs.replay(size, max_groups)
         return self._result(self._tokens_kB[: plan.num_steps, :count], self._rows_B[:count])
 
-    def _set_prefix(self, plan: DecodePlan) -> bool:
-        """Whether the window reads the blocks that all its rows share once for all of them."""
-        if self.state.device.type == "cpu" or len(plan.rows) < MIN_PREFIX_ROWS:
-            return False
-        if len(plan.shared_blocks) * self._memory.block_size < MIN_PREFIX_TOKENS:
-            return False
-        self._prefix.set(plan.shared_blocks, self._memory.block_size)
-        return True
-
-    def _decode_step(self, rows_B: Tensor, has_prefix: bool) -> None:
+    def _decode_step(self, rows_B: Tensor, max_groups: int) -> None:
         """One token for each active row; reads and writes device state only."""
         state = self.state
-        prefix = self._prefix if has_prefix else None
         block_size = self._memory.block_size
-        batch = decode_batch(self._ops.read_slots, state, rows_B, block_size, prefix)
+        batch = decode_batch(
+            self._ops.read_slots, state, rows_B, block_size, self._prefixes, max_groups
+        )
         self._ops.begin_step(batch)
         hidden_BD = self._decoder.forward(batch.token_ids_T, batch)
         logits_BV = self._decoder.logits(hidden_BD)
@@ -189,6 +192,8 @@ def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> Pref
         query_lens=np.full(count, length, dtype=np.int32),
         seq_lens=np.full(count, length, dtype=np.int32),
         is_last=np.ones(count, dtype=np.bool_),
+        sample_rows=np.full(count, state.padding_row, dtype=np.int32),
+        sample_of=np.arange(count, dtype=np.int32),
         new=NewSequences(
             rows=empty,
             seeds=empty.astype(np.int64),
@@ -197,4 +202,5 @@ def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> Pref
             ignore_eos=empty.astype(np.bool_),
             prompts=(),
         ),
+        slot_copies=None,
     )

@@ -71,7 +71,7 @@ class EngineOps(Ops[StepBatch], SamplingOps, Protocol):
         kv_lens_R: Tensor,
         active_R: Tensor,
         last_tokens_R: Tensor,
-        prefix_len_1: Tensor | None,
+        prefix_lens_B: Tensor | None,
         *,
         block_size: int,
     ) -> SlotInputs:

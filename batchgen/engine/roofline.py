@@ -54,13 +54,14 @@ def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def floor_seconds(
-    model: ModelConfig, requests: Sequence[tuple[Sequence[int], int]], ceilings: Ceilings
+    model: ModelConfig, requests: Sequence[tuple[Sequence[int], Sequence[int]]], ceilings: Ceilings
 ) -> Floors:
-    """Of (prompt token ids, output length) pairs, in bf16.
+    """Of (prompt token ids, output lengths of its samples) pairs, in bf16.
 
-    compute: 2 FLOP a parameter and token, plus attention; the prefix that all prompts share once.
+    compute: 2 FLOP a parameter and token, plus attention; the prefix that all prompts share once,
+    and each prompt once for all of its samples.
     memory: each decode step reads the weights and the shared prefix once for the whole batch, and
-    each decoded token reads its own KV once.
+    a prompt once for its samples; each decoded token reads its own KV once.
     """
     layer = (
         model.hidden_size * model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
@@ -71,14 +72,17 @@ def floor_seconds(
     kv_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
     attention = 4 * model.num_layers * model.num_heads * model.head_dim
     shared = _shared_prefix([prompt for prompt, _ in requests])
-    steps = max(output for _, output in requests)
+    steps = max(max(outputs) for _, outputs in requests)
     flops = float(2 * layer * model.num_layers * shared)
     moved = float((layer * model.num_layers + head) * 2 * steps + kv_bytes * shared * (steps - 1))
-    for prompt, output in requests:
+    for prompt, outputs in requests:
         own = len(prompt) - shared
-        flops += 2 * layer * model.num_layers * (own + output - 1) + 2 * head * output
-        flops += attention * (own * (shared + own / 2) + (output - 1) * (len(prompt) + output / 2))
-        moved += kv_bytes * (output - 1) * (own + output / 2)
+        flops += 2 * layer * model.num_layers * own + attention * own * (shared + own / 2)
+        moved += kv_bytes * (max(outputs) - 1) * own
+        for output in outputs:
+            flops += 2 * layer * model.num_layers * (output - 1) + 2 * head * output
+            flops += attention * (output - 1) * (len(prompt) + output / 2)
+            moved += kv_bytes * (output - 1) * output / 2
     return Floors(compute_s=flops / ceilings.flops_per_s, memory_s=moved / ceilings.bytes_per_s)
 
 

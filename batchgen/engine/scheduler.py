@@ -9,7 +9,14 @@ last one still runs: lengths are upper bounds, exact for every sequence that has
 
 No deadlock: the oldest sequence must always be able to end. Others grow, and new ones enter, only
 while the free blocks of both pools together cover the longest sequence twice: once for the oldest
-to grow, once so that a sequence of any length can be swapped out to make it room.
+to grow, once so that a sequence of any length can be swapped out to make it room. Swapping leaves
+that sum as it is, because a block that several rows hold is in one pool for all of them.
+
+The samples of a prompt have a row each. The first one prefills the prompt; with its last chunk the
+others are forked from it and hold the same blocks. The copy that a row takes of a shared block
+before it writes counts as its growth. By that a row never takes more than its length, since it held
+the block that it copies; but the original stays behind for its other holders, so that samples which
+have the pool to themselves need one block more than the longest sequence (`check_room`).
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from numpy.typing import NDArray
 
 from batchgen.engine.admission import Admission
 from batchgen.engine.kv_cache import KVCache
+from batchgen.engine.prefix_groups import find_groups
+from batchgen.engine.room import Room
 from batchgen.engine.sequence_table import SequenceTable
 from batchgen.engine.sequences import (
     Admissible,
@@ -30,7 +39,14 @@ from batchgen.engine.sequences import (
     SchedulerCounters,
     State,
 )
-from batchgen.engine.step_plan import DecodePlan, NewSequences, PrefillPlan, StepPlan
+from batchgen.engine.shared_tail import SharedTail
+from batchgen.engine.step_plan import (
+    DecodePlan,
+    NewSequences,
+    PrefillPlan,
+    PrefixGroups,
+    StepPlan,
+)
 from batchgen.records import Prompt, RowKey
 
 
@@ -52,7 +68,9 @@ class Scheduler:
         self.table = SequenceTable(rows)
         self.admission = Admission(config, self.table, self.kv, self.counters)
         self._partial: int | None = None  # the row whose prompt is prefilled in part
-        self._swapped_in_now: set[int] = set()  # their copies run with the next plan
+        self._tail = SharedTail(self.kv)
+        self._room = Room(config, self.table, self.kv, self._tail, self.counters)
+        self._ending: list[int] = []  # rows of the last plan that need no KV after it
 
     # -- what comes in and what is known -------------------------------------------------------
 
@@ -74,21 +92,28 @@ class Scheduler:
     def finish(self, row: int, num_output_tokens: int) -> QueuedPrompt:
         """The sequence in `row` has ended: its row and its blocks are free for the next step."""
         sequence = self.table.leave(row)
-        self.kv.release(row)
-        repeated = sequence.num_prompt_tokens * len(sequence.duplicates)
-        self.counters.prompt_tokens += repeated
-        self.counters.cached_prompt_tokens += repeated
+        self._release(row)
         self.admission.learn(sequence, num_output_tokens)
         return sequence
+
+    def _release(self, row: int) -> None:
+        waiting = self.admission.waiting
+        self._tail.leave(row, waiting[0] if waiting else None)
+        self.kv.release(row)
 
     # -- planning ------------------------------------------------------------------------------
 
     def schedule(self, *, in_flight: bool) -> StepPlan | None:
         """The next step, or None when there is nothing to do (or all waits for `in_flight`)."""
-        self._swap_in()
+        # The device runs steps in order: what the next one writes, the last one has read.
+        self._tail.begin_step()
+        for row in self._ending:
+            self._release(row)
+        self._ending = []
+        self._room.swap_in()
         plan = self._plan_step()
         if plan is None and not in_flight and self.num_swapped:
-            self._force_oldest_in()
+            self._room.force_oldest_in()
             plan = self._plan_step()
         return plan
 
@@ -98,71 +123,31 @@ class Scheduler:
         decode = self._plan_decode() if prefill is None else None
         if prefill is not None:
             self.counters.prefill_steps += 1
-            rows = prefill.rows[prefill.is_last]
+            rows = prefill.sample_rows
         elif decode is not None:
             self.counters.decode_steps += decode.num_steps
             rows = decode.rows
         else:
             return None
-        self._swapped_in_now.clear()
+        self._room.end_step()
+        self._note_ending(rows)
         return StepPlan(
             sequence_ids=self.table.sequence_id_R[rows],
             rows=rows,
             swap_out=self.kv.take_swap_out(),
             swap_in=self.kv.take_swap_in(),
+            copies=self.kv.take_copies(),
             table=self.kv.take_table_updates(),
             prefill=prefill,
             decode=decode,
         )
 
-    # -- room ----------------------------------------------------------------------------------
-
-    def _reserve(self, longest: int) -> int:
-        """Blocks that stay free so that the oldest sequence can always end (see the module)."""
-        blocks = self.kv.blocks_of(longest)
-        return 2 * blocks + 1 if self.kv.can_swap else blocks
-
-    def _free_blocks(self) -> int:
-        return self.kv.gpu.num_free + (self.kv.cpu.num_free if self.kv.can_swap else 0)
-
-    # -- swapping ------------------------------------------------------------------------------
-
-    def _swap_in(self) -> None:
-        """Brings sequences back, oldest first, while all that run keep room for two windows."""
-        swapped = self.table.live_rows(State.SWAPPED)
-        if len(swapped) == 0:
-            return
-        window_blocks = self.kv.blocks_of(self.config.decode_window)
-        running = len(self.table.live_rows(State.DECODE))
-        for row in swapped.tolist():
-            margin = 2 * window_blocks * (running + 1) if running else window_blocks
-            if self.kv.swapped_blocks(row) + margin > self.kv.gpu.num_free:
-                return
-            self._bring_in(row)
-            running += 1
-
-    def _bring_in(self, row: int) -> None:
-        self.counters.swapped_in_blocks += self.kv.swapped_blocks(row)
-        self.kv.swap_in(row, self.table.occupants[row].hashes)
-        self.table.state_R[row] = State.DECODE
-        self._swapped_in_now.add(row)
-
-    def _push_out(self, row: int) -> None:
-        self.counters.swapped_out_blocks += int(self.kv.num_blocks_R[row])
-        self.kv.swap_out(row)
-        self.table.state_R[row] = State.SWAPPED
-
-    def _force_oldest_in(self) -> None:
-        """Nothing can run: makes room for the oldest swapped sequence at the newest's expense."""
-        oldest = int(self.table.live_rows(State.SWAPPED)[0])
-        needed = self.kv.swapped_blocks(oldest) + self.kv.blocks_of(self.config.decode_window)
-        for row in self.table.live_rows(State.DECODE)[::-1].tolist():
-            if self.kv.gpu.num_free >= needed:
-                break
-            if self.kv.can_swap_out(row):
-                self._push_out(row)
-        assert self.kv.gpu.num_free >= self.kv.swapped_blocks(oldest), "the KV is deadlocked"
-        self._bring_in(oldest)
+    def _note_ending(self, rows: NDArray[np.int32]) -> None:
+        """Of the rows that yield tokens, those that certainly make none after this step."""
+        table = self.table
+        ends = table.kv_len_R[rows] >= table.stop_len_R[rows] - 1
+        table.state_R[rows[ends]] = State.ENDING
+        self._ending = rows[ends].tolist()
 
     # -- decode --------------------------------------------------------------------------------
 
@@ -174,52 +159,36 @@ class Scheduler:
         num_steps = int(min(self.config.decode_window, left.max()))
         target = self.table.kv_len_R[rows] + np.minimum(left, num_steps)
         growth = -(-target // self.config.block_size) - self.kv.num_blocks_R[rows]
-        runs = self._make_room(rows, growth)
+        takes_copy = self.kv.writes_shared(rows, self.table.kv_len_R[rows])
+        runs = self._room.make_room(rows, growth + takes_copy)
         rows, target, growth = rows[runs], target[runs], growth[runs]
         if len(rows) == 0:
             return None
-        shared_blocks = self.kv.common_blocks(rows, int(self.table.kv_len_R[rows].min()))
+        groups = self._prefix_groups(rows)
+        self.counters.copied_blocks += self.kv.copy_on_write(rows, self.table.kv_len_R[rows])
         grows = growth > 0
         self.kv.grow(rows[grows].astype(np.int32), growth[grows])
         grown = target - self.table.kv_len_R[rows]
         self.table.kv_len_R[rows] = target
-        self._sample_waste(float((grown - 1).sum()) / 2)
-        return DecodePlan(
-            rows=rows.astype(np.int32), num_steps=num_steps, shared_blocks=shared_blocks
-        )
+        self._sample_kv(float((grown - 1).sum()) / 2)
+        return DecodePlan(rows=rows.astype(np.int32), num_steps=num_steps, groups=groups)
 
-    def _make_room(self, rows: NDArray[np.intp], growth: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of `rows` (oldest first) may grow now; swaps the newest out where it must."""
-        runs = np.ones(len(rows), dtype=np.bool_)
-        total = int(growth.sum())
-        spare = self._free_blocks() - self._reserve(self.table.longest_live())
-        if total <= self.kv.gpu.num_free and total <= spare:
-            return runs
-        live = self.table.live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
-        oldest = int(live[0])
-        allowed = max(spare, 0) + (int(growth[0]) if rows[0] == oldest else 0)
-        runs[:] = (np.cumsum(growth) <= allowed) | (growth == 0)
-        newest_first = [*np.flatnonzero(~runs)[::-1].tolist(), *np.flatnonzero(runs)[::-1].tolist()]
-        for index in newest_first:
-            if int(growth[runs].sum()) <= self.kv.gpu.num_free:
-                break
-            row = int(rows[index])
-            fixed = row == oldest or row in self._swapped_in_now
-            if not fixed and self.kv.can_swap and self.kv.can_swap_out(row):
-                self._push_out(row)
-                runs[index] = False
-        # What the host has no room for waits in place, the newest first.
-        for index in np.flatnonzero(runs & (growth > 0))[::-1].tolist():
-            if int(growth[runs].sum()) <= self.kv.gpu.num_free:
-                break
-            runs[index] = False
-        self.counters.stalled += int(
-            np.count_nonzero(self.table.state_R[rows[~runs]] == State.DECODE)
-        )
-        return runs
+    def _prefix_groups(self, rows: NDArray[np.intp]) -> PrefixGroups | None:
+        """Rows whose shared prefix is read once, where that pays."""
+        min_saving = self.config.min_prefix_saving
+        if min_saving is None or not self.table.cached_len_R[rows].any():
+            return None
+        num_full = self.table.kv_len_R[rows] // self.config.block_size
+        groups = find_groups(self.kv.table_RX[rows], num_full, min_saving)
+        if groups is not None:
+            sizes = np.diff(groups.cu_members)
+            saved = sum((n - 1) * len(b) for n, b in zip(sizes, groups.blocks, strict=True))
+            self.counters.prefix_blocks_saved += int(saved)
+        return groups
 
-    def _sample_waste(self, not_yet_written: float) -> None:
-        """KV slots that hold no token, of all that are held: the mean over a window's steps.
+    def _sample_kv(self, not_yet_written: float) -> None:
+        """KV slots that hold no token, of all that are held, as the mean over a window's steps; and
+        the blocks that rows share, of all that they would hold otherwise.
 
         `not_yet_written`: slots of the window that fill up while it runs, on average.
         """
@@ -228,6 +197,10 @@ class Scheduler:
         unused = float((slots - self.table.kv_len_R[rows]).sum()) + not_yet_written
         self.counters.waste_sum += unused / (self.kv.gpu.num_used * self.config.block_size)
         self.counters.waste_samples += 1
+        saved = self.kv.saved_blocks()
+        self.counters.saved_blocks = saved
+        self.counters.peak_saved_blocks = max(self.counters.peak_saved_blocks, saved)
+        self.counters.saved_sum += saved / int(self.kv.num_blocks_R.sum())
 
     # -- prefill -------------------------------------------------------------------------------
 
@@ -241,7 +214,7 @@ class Scheduler:
             return bool(self.admission.waiting and self.table.num_free and not self.num_swapped)
         return admissible.count > 0 and (
             2 * admissible.num_tokens >= self.config.max_num_batched_tokens
-            or 8 * admissible.count >= running
+            or 8 * admissible.num_rows >= running
             or admissible.count == len(self.admission.waiting)
         )
 
@@ -254,15 +227,17 @@ class Scheduler:
         room = self.config.max_num_batched_tokens
         longest = self.table.longest_live()
         waiting = self.admission.waiting
-        while admissible > 0 and waiting and self.table.num_free and chunks.num_tokens < room:
+        while admissible > 0 and waiting and chunks.num_tokens < room:
             item = waiting[0]
+            if item.num_samples > self.table.num_free:
+                break
             longest = max(longest, item.num_prompt_tokens + item.max_tokens)
-            row = self._admit(item, longest)
-            if row is None:
+            rows = self._admit(item, longest)
+            if not rows:
                 break
             waiting.popleft()
-            chunks.new.append(row)
-            self._add_chunk(chunks, row)
+            chunks.new.extend(rows)
+            self._add_chunk(chunks, rows[0])
             admissible -= 1
         if not chunks.rows:
             return None
@@ -272,29 +247,41 @@ class Scheduler:
             query_lens=np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32),
             seq_lens=np.array(chunks.seq_lens, dtype=np.int32),
             is_last=np.array(chunks.is_last, dtype=np.bool_),
+            sample_rows=np.array([r for rows in chunks.samples for r in rows], dtype=np.int32),
+            sample_of=np.array(
+                [i for i, rows in enumerate(chunks.samples) for _ in rows], dtype=np.int32
+            ),
             new=self._new_sequences(chunks.new),
+            slot_copies=self._tail.take_copies(),
         )
 
-    def _admit(self, item: QueuedPrompt, longest: int) -> int | None:
-        """Gives the prompt a row and its blocks, if they are there.
+    def _admit(self, item: QueuedPrompt, longest: int) -> list[int]:
+        """Gives the prompt's samples their rows and the first one its blocks, if they are there.
 
         `longest`: tokens that the longest of all sequences and this one may come to.
         """
         length = item.num_prompt_tokens
         usable = item.hashes[: (length - 1) // self.config.block_size]  # one token is computed
         cached = self.kv.cached_blocks(usable)
+        num_cached = len(cached) * self.config.block_size
+        num_copied = self._tail.num_tokens(item, num_cached)
         needed = self.kv.blocks_needed(length, cached)
         if needed > self.kv.gpu.num_free:
-            return None
-        spare = self._free_blocks() - self._reserve(longest)
+            self._tail.forget()
+            num_copied = 0
+        if needed > self.kv.gpu.num_free:
+            return []
+        spare = self._room.spare_blocks(longest)
         if self.table.occupants and needed > spare:
-            return None
-        item.num_computed = len(cached) * self.config.block_size
-        row = self.table.enter(item)
-        self.kv.admit(row, length, cached)
-        self.counters.prompt_tokens += length
-        self.counters.cached_prompt_tokens += item.num_computed
-        return row
+            return []
+        item.num_computed = num_cached + num_copied
+        rows = self.table.enter(item, length // self.config.block_size * self.config.block_size)
+        self.kv.admit(rows[0], length, cached)
+        self._tail.follow(rows[0], num_cached, num_copied)
+        repeated = length * len(item.duplicates)
+        self.counters.prompt_tokens += length + repeated
+        self.counters.cached_prompt_tokens += item.num_computed + repeated
+        return rows
 
     def _add_chunk(self, chunks: Chunks, row: int) -> None:
         """Plans as many of the row's remaining prompt tokens as the step has room for."""
@@ -309,7 +296,9 @@ class Scheduler:
         done = end == item.num_prompt_tokens
         self._partial = None if done else row
         if done:
-            self.table.state_R[row] = State.DECODE
+            rows = self.table.begin_decode(row)
+            self.kv.fork(row, rows[1:])
+            chunks.samples.append(rows)
         chunks.token_ids.append(item.token_ids[start:end])
         chunks.rows.append(row)
         chunks.seq_lens.append(end)
@@ -318,9 +307,11 @@ class Scheduler:
 
     def _new_sequences(self, rows: list[int]) -> NewSequences:
         items = [self.table.occupants[row] for row in rows]
+        samples = self.table.sample_R[rows].tolist()
+        seeds = [item.prompt.seeds[i] for item, i in zip(items, samples, strict=True)]
         return NewSequences(
             rows=np.array(rows, dtype=np.int32),
-            seeds=np.array([item.prompt.seed for item in items], dtype=np.int64),
+            seeds=np.array(seeds, dtype=np.int64),
             prompt_lens=self.table.prompt_len_R[rows].astype(np.int32),
             stop_lens=self.table.stop_len_R[rows].astype(np.int32),
             ignore_eos=np.array([item.prompt.ignore_eos for item in items], dtype=np.bool_),

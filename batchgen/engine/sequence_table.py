@@ -16,12 +16,15 @@ class SequenceTable:
         self.num_rows = num_rows
         self.state_R = np.full(num_rows, State.FREE, dtype=np.int8)
         self.kv_len_R = np.zeros(num_rows, dtype=np.int64)  # tokens with KV after all planned steps
-        self.cached_len_R = np.zeros(num_rows, dtype=np.int64)  # of these, from the prefix cache
+        # Of these, those in blocks that were there: a cached prefix, another sample's prompt.
+        self.cached_len_R = np.zeros(num_rows, dtype=np.int64)
         self.prompt_len_R = np.zeros(num_rows, dtype=np.int64)
         self.stop_len_R = np.zeros(num_rows, dtype=np.int64)  # prompt and output end here at last
         self.exact_R = np.zeros(num_rows, dtype=np.bool_)  # ends at stop_len, not before
         self.sequence_id_R = np.zeros(num_rows, dtype=np.int64)  # grows with age: oldest is least
-        self.occupants: dict[int, QueuedPrompt] = {}  # by row
+        self.sample_R = np.zeros(num_rows, dtype=np.int32)  # which of its prompt's samples
+        self.occupants: dict[int, QueuedPrompt] = {}  # by row; a prompt has a row for each sample
+        self._pending: dict[int, list[int]] = {}  # by the row that prefills their prompt
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._next_id = 1
 
@@ -29,18 +32,35 @@ class SequenceTable:
     def num_free(self) -> int:
         return len(self._free_rows)
 
-    def enter(self, item: QueuedPrompt) -> int:
-        """Gives the prompt a row, with `item.num_computed` tokens cached. A row must be free."""
-        row = self._free_rows.pop()
-        self.occupants[row] = item
-        self.state_R[row] = State.PREFILL
-        self.sequence_id_R[row] = self._next_id
-        self._next_id += 1
-        self.prompt_len_R[row] = item.num_prompt_tokens
-        self.stop_len_R[row] = item.num_prompt_tokens + item.max_tokens
-        self.exact_R[row] = item.prompt.ignore_eos
-        self.kv_len_R[row] = self.cached_len_R[row] = item.num_computed
-        return row
+    def enter(self, item: QueuedPrompt, shared_len: int) -> list[int]:
+        """Gives each sample of the prompt a row; as many must be free.
+
+        The first one prefills the prompt, of which `item.num_computed` tokens are cached. The
+        others wait for it, to share `shared_len` tokens.
+        """
+        rows = [self._free_rows.pop() for _ in range(item.num_samples)]
+        for sample, row in enumerate(rows):
+            self.occupants[row] = item
+            self.sample_R[row] = sample
+            self.sequence_id_R[row] = self._next_id
+            self._next_id += 1
+        self.state_R[rows] = State.PENDING
+        self.state_R[rows[0]] = State.PREFILL
+        self.prompt_len_R[rows] = item.num_prompt_tokens
+        self.stop_len_R[rows] = item.num_prompt_tokens + item.max_tokens
+        self.exact_R[rows] = item.prompt.ignore_eos
+        self.kv_len_R[rows] = 0
+        self.cached_len_R[rows] = shared_len
+        self.kv_len_R[rows[0]] = self.cached_len_R[rows[0]] = item.num_computed
+        self._pending[rows[0]] = rows[1:]
+        return rows
+
+    def begin_decode(self, row: int) -> list[int]:
+        """The row's prompt is prefilled: the rows of all of its samples, this one first."""
+        rows = [row, *self._pending.pop(row)]
+        self.state_R[rows] = State.DECODE
+        self.kv_len_R[rows] = self.prompt_len_R[row]
+        return rows
 
     def leave(self, row: int) -> QueuedPrompt:
         """Frees the row; returns who sat there."""
@@ -69,3 +89,6 @@ class SequenceTable:
         assert live == set(self.occupants), "states and sequences differ"
         assert live.isdisjoint(self._free_rows), "a live row is free"
         assert len(live) + len(self._free_rows) == self.num_rows, "a row is lost"
+        pending = [row for rows in self._pending.values() for row in rows]
+        assert sorted(pending) == np.flatnonzero(self.state_R == State.PENDING).tolist()
+        assert set(self._pending) == set(np.flatnonzero(self.state_R == State.PREFILL).tolist())

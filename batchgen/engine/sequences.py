@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,7 +12,7 @@ import numpy as np
 
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.step_plan import Int32
-from batchgen.records import Prompt
+from batchgen.records import Prompt, SampleOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class SchedulerConfig:
     cpu_blocks: int
     enable_prefix_caching: bool
     merge_duplicates: bool  # a completion is a function of the prompt alone
+    # Blocks whose reading a decode step must save for shared prefixes to be read apart; None: never
+    min_prefix_saving: int | None
 
 
 class State(IntEnum):
@@ -36,13 +39,15 @@ class State(IntEnum):
     PREFILL = 1
     DECODE = 2
     SWAPPED = 3
+    ENDING = 4  # its last token is planned: it needs no KV any more
+    PENDING = 5  # a sample whose prompt is prefilled in another row
 
 
 class QueuedPrompt:
     """A prompt from its arrival to its end, with those that have the same completion.
 
-    A window of prompts arrives at once, and the device waits for the first of them: what takes
-    time for each token is made when the prompt's turn comes, while the device is busy.
+    A window of prompts arrives at once, and the device waits for the first of them: hashes are made
+    when the prompt's turn comes, while the device is busy.
     """
 
     def __init__(self, prompt: Prompt, hash_block_size: int | None) -> None:
@@ -50,9 +55,15 @@ class QueuedPrompt:
         self.prompt = prompt
         self.duplicates: list[Prompt] = []
         self.num_prompt_tokens = len(prompt.token_ids)
+        self.outputs: dict[int, SampleOutput] = {}  # of the samples that have ended
+        self.num_shared = 0  # leading tokens that the prompt before it in the plan has, too
         self.num_computed = 0  # tokens, by the steps planned so far; the cached prefix included
         self._hash_block_size = hash_block_size
         self._hashes: Sequence[bytes] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.prompt.seeds)
 
     @property
     def max_tokens(self) -> int:
@@ -63,19 +74,15 @@ class QueuedPrompt:
         """The same for equal prompts, and cheap; most others have another one."""
         ids = self.prompt.token_ids
         few = ids[:: max(1, len(ids) // 16)]
-        return len(ids), self.max_tokens, self.prompt.ignore_eos, *few, ids[-1]
-
-    @property
-    def group_key(self) -> tuple[int, ...]:
-        """The first full block: prompts that may share a prefix have it in common."""
-        size = self._hash_block_size
-        if size is None or self.num_prompt_tokens < size:
-            return ()
-        return tuple(self.prompt.token_ids[:size])
+        prompt = self.prompt
+        return len(ids), self.max_tokens, self.num_samples, prompt.ignore_eos, *few, ids[-1]
 
     @cached_property
     def token_ids(self) -> Int32:
-        return np.fromiter(self.prompt.token_ids, np.int32, self.num_prompt_tokens)
+        ids = self.prompt.token_ids
+        if isinstance(ids, array) and ids.typecode == "i":
+            return np.frombuffer(ids, np.int32)
+        return np.fromiter(ids, np.int32, self.num_prompt_tokens)
 
     @property
     def hashes(self) -> Sequence[bytes]:
@@ -106,15 +113,22 @@ class SchedulerCounters:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     stalled: int = 0
+    prefix_blocks_saved: int = 0  # not read in a decode step, because a group's prefix is read once
+    copied_blocks: int = 0  # on write
+    saved_blocks: int = 0  # that the rows would hold more if they shared none: now
+    peak_saved_blocks: int = 0
+    saved_sum: float = 0.0  # of all blocks that they would hold; as many samples as of the waste
     waste_sum: float = 0.0
     waste_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admissible:
-    """How many waiting prompts may enter now, and how many of their tokens are to be computed."""
+    """How many waiting prompts may enter now, with how many samples, and how many of their tokens
+    are to be computed."""
 
     count: int
+    num_rows: int
     num_tokens: int
 
 
@@ -126,5 +140,6 @@ class Chunks:
     rows: list[int] = field(default_factory=list)
     seq_lens: list[int] = field(default_factory=list)
     is_last: list[bool] = field(default_factory=list)
+    samples: list[list[int]] = field(default_factory=list)  # rows, for each prompt that ends
     new: list[int] = field(default_factory=list)
     num_tokens: int = 0

@@ -1,6 +1,7 @@
 """What the scheduler tells the device to do next: plain frozen records of numpy arrays.
 
-Legend: T tokens of a prefill step, B sequences of the step, R rows of the slot table.
+Legend: T tokens of a prefill step, B sequences of the step, S rows that a prefill step samples for,
+R rows of the slot table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCopies:
-    """KV blocks to copy between the device's pool and the host's."""
+    """KV blocks to copy between the device's pool and the host's, or within the device's."""
 
     source: Int32
     target: Int32
@@ -45,6 +46,17 @@ class NewSequences:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCopies:
+    """Tokens whose KV another prompt has: copied, in each layer once the step's KV is written.
+
+    A slot is block * block_size + offset. Sources are computed by this step or an earlier one.
+    """
+
+    source: Int64
+    target: Int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
     """Computes the KV of prompt chunks, packed side by side, and samples where a prompt ends."""
 
@@ -53,7 +65,19 @@ class PrefillPlan:
     query_lens: Int32  # [B] tokens of each chunk, at least one
     seq_lens: Int32  # [B] tokens with KV after the step: earlier chunks, cached prefix, chunk
     is_last: Bool  # [B] the chunk ends its prompt
+    sample_rows: Int32  # [S] the rows of all samples of the prompts that end
+    sample_of: Int32  # [S] which of these prompts each belongs to: 0 is the first that ends
     new: NewSequences
+    slot_copies: SlotCopies | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixGroups:
+    """Groups of rows whose common leading blocks, all full, are read once for the whole group."""
+
+    members: Int32  # [U] positions in DecodePlan.rows, group by group
+    cu_members: Int32  # [G + 1] where each group begins
+    blocks: tuple[Int32, ...]  # of each group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +86,18 @@ class DecodePlan:
 
     rows: Int32  # [B]
     num_steps: int
-    shared_blocks: Int32  # the leading blocks that all rows have in common, whole and computed
+    groups: PrefixGroups | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One launch. Order on the device: swap out, swap in, table updates, then the work."""
+    """One launch. Order on the device: swap out, swap in, copies, table updates, then the work."""
 
     sequence_ids: Int64  # [B] of the rows that yield tokens: the occupants when planned
     rows: Int32  # [B] those rows
     swap_out: BlockCopies | None
     swap_in: BlockCopies | None
+    copies: BlockCopies | None  # within the device: blocks that a row is about to write alone
     table: BlockTableUpdates | None
     prefill: PrefillPlan | None
     decode: DecodePlan | None

@@ -145,7 +145,9 @@ class SamplingSpec(Section):
     )
     max_tokens: PositiveInt = Field(default=256, description="The longest output of a row.")
     min_tokens: int = Field(default=0, ge=0, description="No stop before so many tokens.")
-    n: PositiveInt = Field(default=1, description="Outputs for each row.")
+    n: int = Field(
+        default=1, ge=1, le=64, description="Outputs for each row; above 1, needs a temperature."
+    )
     stop: TextList = Field(default=(), description="Texts that end an output and are cut off it.")
     stop_token_ids: TokenIdList = Field(default=(), description="Further tokens that end it.")
     ignore_eos: bool = Field(default=False, description="Go on past the model's end token.")
@@ -170,6 +172,15 @@ class SamplingSpec(Section):
             raise ValueError(
                 f"min_tokens should be at most max_tokens "
                 f"(got min_tokens {self.min_tokens}, max_tokens {self.max_tokens})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n should be 1 at temperature 0, where all samples are the same "
+                f"(got n {self.n}); set a temperature, or n to 1"
             )
         return self
 

@@ -54,7 +54,8 @@ class OutputColumns(Section):
     response: Text = Field(default="response", description="The name of the answer's column.")
     meta: bool = Field(
         default=True,
-        description="Add finish_reason, prompt_tokens, output_tokens, seed, row_address.",
+        description="Add finish_reason, prompt_tokens, output_tokens, seed, row_address; with "
+        "n_layout explode, sample_index too.",
     )
 
 
@@ -73,7 +74,8 @@ class OutputSpec(Section):
         default=OutputColumns(), description="The columns of the output."
     )
     n_layout: Literal["list", "explode"] = Field(
-        default="list", description="With sampling.n above 1: a list in one row, or a row each."
+        default="list",
+        description="With sampling.n above 1: a list in one row, or a row of output each.",
     )
     max_shard_rows: PositiveInt = Field(default=100_000, description="The most rows of one file.")
     compression: Compression | None = Field(
@@ -194,3 +196,8 @@ class JobSpec(Section):
     observability: ObservabilitySpec = Field(
         default=ObservabilitySpec(), description="What a run shows of itself."
     )
+
+    @property
+    def output_rows_per_row(self) -> int:
+        """Rows of output that a row of input which succeeds becomes."""
+        return self.sampling.n if self.output.n_layout == "explode" else 1

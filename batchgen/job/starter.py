@@ -49,7 +49,7 @@ sampling:
   min_p: 0.0
   max_tokens: 256
   min_tokens: 0
-  n: 1                            # more is not built yet
+  n: 1                            # samples of each row, up to 64
   stop: []                        # texts that end an answer
   stop_token_ids: []
   ignore_eos: false
@@ -81,7 +81,7 @@ output:
     keep: [id, text]              # input columns to copy; default: none
     response: translation         # the answer's column; default: response
     meta: true                    # finish_reason, prompt_tokens, output_tokens, seed, row_address
-  n_layout: list                  # explode is not built yet
+  n_layout: list                  # list | explode: with n above 1, a row of output each
   max_shard_rows: 100000
   compression: zstd               # arrow: zstd, lz4; parquet: also snappy, gzip; jsonl: zstd, gzip
   overwrite: never                # others are not built yet

@@ -39,7 +39,7 @@ from batchgen.ledger.plan import (
     encode_job,
     read_job,
 )
-from batchgen.records import Part, RowFailure, RowResult, Unit
+from batchgen.records import OutputRow, Part, RowFailure, RowResult, Unit
 
 ResumeMode = Literal["if_possible", "always", "never"]
 
@@ -171,7 +171,8 @@ class Ledger:
         assert {result.key.index for result in results} == set(range(unit.num_rows))
         assert all(result.key.unit_id == unit.unit_id for result in results)
         assert counts.total == counts.ended == unit.num_rows, f"rows of unit {unit.unit_id}"
-        assert counts.ok == sum(part.num_rows for part in parts), f"parts of unit {unit.unit_id}"
+        num_rows = sum(len(result.rows) for result in results if isinstance(result, OutputRow))
+        assert num_rows == sum(part.num_rows for part in parts), f"parts of unit {unit.unit_id}"
         commit = Commit(
             job_id=self._job.job_id,
             run_id=self._run_id,

@@ -4,9 +4,9 @@ A file holds the rows of one flush, of any units:
 
     "BGPART1\\n" | sha256 of all that follows | length of the head | head | Arrow IPC stream
 
-The head is JSON: the job, failures, skips, and the keys and token counts of the output rows. The
-values of the output rows are a record batch of the output schema, so that they come back as the
-types that went in, which JSON could not promise.
+The head is JSON: the job, failures, skips, and the keys and counts of the output rows. The values
+of the output rows are a record batch of the output schema, so that they come back as the types
+that went in, which JSON could not promise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pyarrow as pa
 from pydantic import TypeAdapter
@@ -38,6 +39,7 @@ class _OutputHead:
 
     key: RowKey
     address: str
+    num_rows: int  # of the record batch
     num_prompt_tokens: int
     num_output_tokens: int
 
@@ -45,7 +47,7 @@ class _OutputHead:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Head:
     job_id: str
-    outputs: tuple[_OutputHead, ...]  # as many as the record batch has rows, in its order
+    outputs: tuple[_OutputHead, ...]  # in the order of the record batch
     failures: tuple[RowFailure, ...]
     skips: tuple[RowSkip, ...]
 
@@ -63,6 +65,7 @@ def encode_partial(results: Sequence[RowResult], *, job_id: str, schema: pa.Sche
                 _OutputHead(
                     key=row.key,
                     address=row.address,
+                    num_rows=len(row.rows),
                     num_prompt_tokens=row.num_prompt_tokens,
                     num_output_tokens=row.num_output_tokens,
                 )
@@ -72,8 +75,9 @@ def encode_partial(results: Sequence[RowResult], *, job_id: str, schema: pa.Sche
             skips=tuple(result for result in results if isinstance(result, RowSkip)),
         )
     )
+    rows = [values for output in outputs for values in output.rows]
     columns = [
-        pa.array([row.values[field.name] for row in outputs], type=field.type) for field in schema
+        pa.array([values[field.name] for values in rows], type=field.type) for field in schema
     ]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -101,18 +105,19 @@ def decode_partial(data: bytes, job: StoredJob, where: str) -> list[RowResult]:
     except (pa.ArrowException, OSError) as error:
         raise damaged(where, str(error)) from None
     schema = decode_schema(job.plan.schema_base64)
-    if not table.schema.equals(schema) or table.num_rows != len(head.outputs):
+    num_rows = sum(output.num_rows for output in head.outputs)
+    if not table.schema.equals(schema) or table.num_rows != num_rows:
         raise damaged(where, "its output rows are not those that its head announces")
-    columns = {name: table.column(name).to_pylist() for name in table.schema.names}
+    rows = iter(table.to_pylist())
     outputs = [
         OutputRow(
             key=row.key,
             address=row.address,
-            values={name: column[i] for name, column in columns.items()},
+            rows=tuple(islice(rows, row.num_rows)),
             num_prompt_tokens=row.num_prompt_tokens,
             num_output_tokens=row.num_output_tokens,
         )
-        for i, row in enumerate(head.outputs)
+        for row in head.outputs
     ]
     return [*outputs, *head.failures, *head.skips]
 

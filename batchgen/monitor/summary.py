@@ -66,8 +66,14 @@ def _kv(engine: EngineStats) -> str:
     merged = (
         f"{engine.merged_prompts:,} duplicates computed once, " if engine.merged_prompts else ""
     )
+    saved = (
+        f"{engine.kv_saved:.1%} saved by sharing ({engine.peak_saved_blocks:,} blocks at the peak, "
+        f"{engine.copied_blocks:,} copied), "
+        if engine.peak_saved_blocks
+        else ""
+    )
     return (
         f"KV: {engine.kv_waste:.1%} wasted, {hits:.0%} of prompt tokens from the prefix cache, "
-        f"{merged}"
+        f"{saved}{merged}"
         f"{engine.swapped_out_blocks:,} blocks swapped out and {engine.swapped_in_blocks:,} in"
     )

@@ -100,7 +100,9 @@ class PromptBuilder:
             key=row.key,
             token_ids=token_ids,
             max_tokens=min(self._sampling.max_tokens, self._max_model_len - len(token_ids)),
-            seed=row_seed(self._sampling.seed, row.address),
+            seeds=tuple(
+                row_seed(self._sampling.seed, row.address, i) for i in range(self._sampling.n)
+            ),
             ignore_eos=self._sampling.ignore_eos,
         )
 

@@ -1,11 +1,11 @@
-"""Completions as text."""
+"""Outputs as text."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from batchgen.records import Completion
+from batchgen.records import SampleOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
 
 def detokenize(
     tokenizer: PreTrainedTokenizerFast,
-    completions: Sequence[Completion],
+    outputs: Sequence[SampleOutput],
     stop: Sequence[str] = (),
     stop_token_ids: Collection[int] = (),
 ) -> list[str]:
-    """The text of each completion, without special tokens, its stop token and its stop string.
+    """The text of each output, without special tokens, its stop token and its stop string.
 
-    `stop_token_ids` are all that may end a completion: the model's end tokens and the job's.
+    `stop_token_ids` are all that may end an output: the model's end tokens and the job's.
     """
     token_ids = [
-        completion.token_ids[:-1]
-        if completion.finish_reason == "stop" and completion.token_ids[-1] in stop_token_ids
-        else completion.token_ids
-        for completion in completions
+        output.token_ids[:-1]
+        if output.finish_reason == "stop" and output.token_ids[-1] in stop_token_ids
+        else output.token_ids
+        for output in outputs
     ]
     texts = _decode(tokenizer, token_ids)
     if not stop:
         return texts
     stopped = [
         index
-        for index, completion in enumerate(completions)
-        if completion.finish_reason == "stop"
-        and len(token_ids[index]) == len(completion.token_ids)
+        for index, output in enumerate(outputs)
+        if output.finish_reason == "stop"
+        and len(token_ids[index]) == len(output.token_ids)
         and any(string in texts[index] for string in stop)
     ]
     last_texts = _decode(tokenizer, [token_ids[index][-1:] for index in stopped])

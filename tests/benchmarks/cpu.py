@@ -111,14 +111,14 @@ def run_engine(files: ModelFiles, prompts: list[list[int]], *, caching: bool) ->
             key=RowKey(unit_id=0, index=index),
             token_ids=ids,
             max_tokens=NEW_TOKENS,
-            seed=index,
+            seeds=(index,),
             ignore_eos=True,
         )
         for index, ids in enumerate(prompts)
     ]
     start = time.perf_counter()
     outputs = {
-        completion.key.index: list(completion.token_ids)
+        completion.key.index: list(completion.outputs[0].token_ids)
         for batch in engine.run(RequestList(requests))
         for completion in batch
     }

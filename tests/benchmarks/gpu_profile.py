@@ -45,7 +45,7 @@ def random_prompts(arguments: argparse.Namespace, vocab_size: int) -> list[Promp
             key=RowKey(unit_id=0, index=index),
             token_ids=shared + tokens(rng.randint(*arguments.prompt)),
             max_tokens=rng.randint(*arguments.output),
-            seed=index,
+            seeds=(index,),
             ignore_eos=True,
         )
         for index in range(arguments.prompts)

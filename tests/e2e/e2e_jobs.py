@@ -61,7 +61,11 @@ def write_job(folder: Path, model: Path | str, **sections: Mapping[str, Any]) ->
 
 
 def expected_rows(
-    rows: Sequence[Mapping[str, Any]], uri: str, tokenizer: Any, max_tokens: int = 12
+    rows: Sequence[Mapping[str, Any]],
+    uri: str,
+    tokenizer: Any,
+    max_tokens: int = 12,
+    sample: int = 0,
 ) -> list[dict[str, Any]]:
     """The output of the stand-in, by transformers' own chat template and decoding."""
     expected = []
@@ -72,7 +76,7 @@ def expected_rows(
         ]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         token_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        seed = row_seed(7, f"{uri}:{number}")
+        seed = row_seed(7, f"{uri}:{number}", sample)
         answer = generate(token_ids, seed, max_tokens)
         expected.append(
             {

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 from batchgen.job.loading import load_job
-from batchgen.records import Completion, EngineStats, Prompt, PromptSource
+from batchgen.records import Completion, EngineStats, Prompt, PromptSource, SampleOutput
 from batchgen.runner import run_job
 
 FIRST_TOKEN_ID, NUM_TOKEN_IDS = 3, 300  # ordinary tokens of the tiny tokenizer
@@ -47,7 +47,7 @@ class StandInEngine:
             pool += source.take(self._pool - len(pool), wait=not pool)
             if not pool:
                 return
-            pool.sort(key=lambda prompt: prompt.seed)
+            pool.sort(key=lambda prompt: prompt.seeds)
             half = (len(pool) + 1) // 2
             finished, pool = pool[:half], pool[half:]
             if self._delay_s:
@@ -58,10 +58,15 @@ class StandInEngine:
     def _complete(self, prompt: Prompt) -> Completion:
         return Completion(
             key=prompt.key,
-            token_ids=generate(prompt.token_ids, prompt.seed, prompt.max_tokens),
-            finish_reason="length",
+            outputs=tuple(
+                SampleOutput(
+                    token_ids=generate(prompt.token_ids, seed, prompt.max_tokens),
+                    finish_reason="length",
+                    seed=seed,
+                )
+                for seed in prompt.seeds
+            ),
             num_prompt_tokens=len(prompt.token_ids),
-            seed=prompt.seed,
         )
 
     def stats(self) -> EngineStats:

@@ -21,11 +21,13 @@ from batchgen.records import (
     RowFailure,
     RowKey,
     RowResult,
+    SampleOutput,
     Unit,
 )
 from batchgen.units import FinishedUnit, UnitBoard
 
 HANG_S = 20.0
+ANSWER = SampleOutput(token_ids=[2], finish_reason="stop", seed=0)
 
 
 def make_units(num_units: int, num_rows: int) -> list[Unit]:
@@ -44,7 +46,7 @@ def read_unit(unit: Unit, wanted: set[int] | None) -> Iterator[InputRow]:
 
 
 def make_prompts(rows: Sequence[InputRow]) -> list[Prompt | RowFailure]:
-    return [Prompt(key=row.key, token_ids=[1], max_tokens=1, seed=0) for row in rows]
+    return [Prompt(key=row.key, token_ids=[1], max_tokens=1, seeds=(0,)) for row in rows]
 
 
 def failure(row: InputRow) -> RowFailure:
@@ -52,7 +54,9 @@ def failure(row: InputRow) -> RowFailure:
 
 
 def output(key: RowKey, n: object = None) -> OutputRow:
-    return OutputRow(key=key, address="", values={"n": n}, num_prompt_tokens=1, num_output_tokens=1)
+    return OutputRow(
+        key=key, address="", rows=({"n": n},), num_prompt_tokens=1, num_output_tokens=1
+    )
 
 
 @dataclass
@@ -69,9 +73,7 @@ class ReversingEngine:
             self.most_taken = max(self.most_taken, len(prompts))
             self.stopped.wait(self.delay_s)
             yield [
-                Completion(
-                    key=p.key, token_ids=[2], finish_reason="stop", num_prompt_tokens=1, seed=0
-                )
+                Completion(key=p.key, outputs=(ANSWER,), num_prompt_tokens=1)
                 for p in reversed(prompts)
             ]
 
@@ -154,7 +156,7 @@ def test_every_row_is_committed_once_and_in_order_within_its_unit() -> None:
     run_pipeline(make_stages(saver=saver), make_units(7, 90))
     assert sorted(f.unit.unit_id for f in saver.committed) == list(range(7))
     for finished in saver.committed:
-        numbers = [r.values["n"] for r in finished.results if isinstance(r, OutputRow)]
+        numbers = [r.rows[0]["n"] for r in finished.results if isinstance(r, OutputRow)]
         assert numbers == [finished.unit.row_start + i for i in range(90)]
         assert finished.wall_s >= 0
 
@@ -176,7 +178,7 @@ def test_recovered_rows_are_not_read_again() -> None:
 
     run_pipeline(make_stages(read_unit=read, saver=saver), [unit], {0: done})
     assert seen == [1, 2, 4, 5, 6, 7, 8]
-    values = [r.values["n"] for r in saver.committed[0].results if isinstance(r, OutputRow)]
+    values = [r.rows[0]["n"] for r in saver.committed[0].results if isinstance(r, OutputRow)]
     assert values == [-1, 1, 2, -1, 4, 5, 6, 7, 8, -1]
     assert len(saver.kept) + len(saver.flushed) == 7
 

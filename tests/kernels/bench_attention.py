@@ -11,6 +11,7 @@ works on another layer of the cache, and the layers together exceed the L2 sever
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import gc
 import itertools
@@ -26,6 +27,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as torch_functional
 
+from batchgen.engine.prefix_groups import MAX_GROUPS
 from batchgen.kernels import decode_plan, paged_decode, paged_prefill, shared_prefix
 from batchgen.kernels.cases import HeadShape
 from batchgen.kernels.tuning import TileShape
@@ -247,22 +249,44 @@ def bench_prefill(ceilings: dict[str, float]) -> Iterator[dict[str, object]]:
         yield row
 
 
-def prefix_us(shape: HeadShape, cache: Cache, prefix_len: int) -> tuple[float, float]:
-    """Microseconds of a layer's prefix, own tokens and merge together, and of the prefix alone."""
+def shared_cache(shape: HeadShape, prefix_len: int, own_len: int, sizes: list[int]) -> Cache:
+    """Rows in groups of these sizes, each group with a prefix of its own."""
+    cache = make_cache(shape, [prefix_len + own_len] * sum(sizes), prefix_len // BLOCK_SIZE)
+    count = prefix_len // BLOCK_SIZE
+    spare = torch.randperm(cache.kv_PL2KSH.shape[0], dtype=torch.int32, device="cuda")
+    table = cache.block_table_RX.clone()
+    ends = itertools.accumulate(sizes)
+    for group, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        table[end - size : end, :count] = spare[group * count : (group + 1) * count]
+    return dataclasses.replace(cache, block_table_RX=table)
+
+
+def prefix_us(
+    shape: HeadShape, cache: Cache, prefix_len: int, sizes: list[int]
+) -> tuple[float, float]:
+    """Microseconds of a layer's prefixes, own tokens and merge together, and of the prefixes alone.
+
+    `sizes`: members of each group; for several, the launch is that of the engine's graphs.
+    """
     num_rows = cache.slot_ids_B.shape[0]
     q_BNH = random_query(shape, num_rows)
     kv_starts_B = torch.full_like(cache.seq_lens_B, prefix_len)
     plan = decode_plan.plan_decode(cache.seq_lens_B, kv_starts_B, num_kv_heads=shape.num_kv_heads)
-    group = (
-        cache.block_table_RX[:1].contiguous(),
-        torch.tensor([prefix_len], dtype=torch.int32, device="cuda"),
-        torch.arange(num_rows, dtype=torch.int32, device="cuda"),
-        torch.tensor([0, num_rows], dtype=torch.int32, device="cuda"),
-    )
+    max_groups = 1 if len(sizes) == 1 else MAX_GROUPS
+    ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0).int()
+    cu_members = torch.full((max_groups + 1,), num_rows, dtype=torch.int32)
+    cu_members[0] = 0
+    cu_members[1 : len(sizes) + 1] = ends
+    lens = torch.zeros(max_groups, dtype=torch.int32)
+    lens[: len(sizes)] = prefix_len
+    table = torch.zeros_like(cache.block_table_RX[:1]).repeat(max_groups, 1)
+    table[: len(sizes)] = cache.block_table_RX[(ends - 1).long().cuda()]
+    members = torch.arange(num_rows, dtype=torch.int32, device="cuda")
+    groups = (table, lens.cuda(), members, cu_members.cuda())
 
     def prefix(layer: int) -> tuple[Tensor, Tensor]:
         k_cache, v_cache, _, _ = cache.layer(layer)
-        return shared_prefix.shared_prefix(q_BNH, k_cache, v_cache, *group, scale=0.1)
+        return shared_prefix.shared_prefix(q_BNH, k_cache, v_cache, *groups, scale=0.1)
 
     def whole(layer: int) -> Tensor:
         own = paged_decode.paged_decode(
@@ -281,19 +305,35 @@ def prefix_us(shape: HeadShape, cache: Cache, prefix_len: int) -> tuple[float, f
     return whole_us, median_us([functools.partial(prefix, layer) for layer in layers])
 
 
+# Prefix, own tokens, members of each group.
+PREFIX_CASES = [
+    (2048, 128, [64]),
+    (2048, 128, [512]),
+    (2048, 128, [64] * 8),
+    (2048, 128, [16] * 32),
+    (512, 128, [512]),
+    (512, 128, [32] * 16),
+    (256, 128, [1024]),
+    *[(prefix, 512, [rows]) for prefix in (64, 256, 1024) for rows in (16, 128, 1024)],
+]
+
+
 def bench_prefix(_ceilings: dict[str, float]) -> Iterator[dict[str, object]]:
-    """2048 shared tokens and 128 own ones a row: decoded with and without the shared kernel."""
-    prefix_len, own_len = 2048, 128
-    for shape, num_rows in itertools.product((heads(32, 8, 128), heads(16, 8, 128)), (64, 512)):
-        cache = make_cache(shape, [prefix_len + own_len] * num_rows, prefix_len // BLOCK_SIZE)
-        whole_us, prefix_part_us = prefix_us(shape, cache, prefix_len)
+    """Rows that share prefixes, decoded with and without the shared kernel: where it pays."""
+    for shape, (prefix_len, own_len, sizes) in itertools.product(
+        (heads(32, 8, 128), heads(16, 8, 128)), PREFIX_CASES
+    ):
+        cache = shared_cache(shape, prefix_len, own_len, sizes)
+        whole_us, prefix_part_us = prefix_us(shape, cache, prefix_len, sizes)
         separate_us, _ = decode_us(shape, cache)
+        saved = (sum(sizes) - len(sizes)) * prefix_len
         yield {
             "op": "shared_prefix",
             "heads": f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_size}",
-            "batch": num_rows,
+            "groups": f"{len(sizes)} x {sizes[0]}",
             "prefix": prefix_len,
             "own": own_len,
+            "saved_mib": saved * 2 * shape.num_kv_heads * shape.head_size * DTYPE.itemsize >> 20,
             "median_us": round(whole_us, 1),
             "prefix_part_us": round(prefix_part_us, 1),
             "without_us": round(separate_us, 1),

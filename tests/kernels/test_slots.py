@@ -54,8 +54,10 @@ def batch_rows(device: str, count: int) -> Tensor:
 @pytest.mark.parametrize("prefix_len", [None, 4])
 def test_read_slots(device: str, count: int, prefix_len: int | None) -> None:
     state = slot_table(device)
-    prefix = None if prefix_len is None else torch.tensor([prefix_len], device=device).int()
     rows = batch_rows(device, count)
+    prefix = None
+    if prefix_len is not None:
+        prefix = torch.arange(len(rows), device=device).int() % 3 * prefix_len
 
     def read(read_slots: Callable[..., reference.SlotInputs]) -> dict[str, Tensor | None]:
         names = ("block_table_RX", "kv_lens_R", "active_R", "last_tokens_R")

@@ -36,7 +36,7 @@ def test_demo_model_in_fp32_generates_what_transformers_generates() -> None:
         )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         key = RowKey(unit_id=0, index=index)
-        prompts.append(Prompt(key=key, token_ids=ids, max_tokens=24, seed=0, ignore_eos=True))
+        prompts.append(Prompt(key=key, token_ids=ids, max_tokens=24, seeds=(0,), ignore_eos=True))
     engine = build_engine(
         load_config(files),
         files,

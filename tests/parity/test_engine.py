@@ -20,7 +20,7 @@ from batchgen.engine.config import EngineOptions, SamplingOptions
 from batchgen.engine.engine import Engine
 from batchgen.job.sections import ModelSpec
 from batchgen.models.registry import load_config, resolve_model
-from batchgen.records import Completion, Prompt, RowKey
+from batchgen.records import Completion, Prompt, RowKey, SampleOutput
 from tests.parity.tiny_models import FAMILIES, VOCAB_SIZE, Family, save_tiny_model, tiny_model
 
 NEW_TOKENS = 64
@@ -60,14 +60,19 @@ def prompts_for(
                 key=RowKey(unit_id=0, index=index),
                 token_ids=prefixes[index % 4] + own,
                 max_tokens=max_tokens,
-                seed=index,
+                seeds=(index,),
                 ignore_eos=ignore_eos,
             )
         )
     return prompts
 
 
-def complete(engine: Engine, prompts: list[Prompt]) -> dict[int, Completion]:
+def complete(engine: Engine, prompts: list[Prompt]) -> dict[int, SampleOutput]:
+    """The only sample of each prompt, by the prompt's index."""
+    return {index: c.outputs[0] for index, c in complete_all(engine, prompts).items()}
+
+
+def complete_all(engine: Engine, prompts: list[Prompt]) -> dict[int, Completion]:
     batches = list(engine.run(RequestList(prompts)))
     engine._scheduler.check_integrity()
     completions = {c.key.index: c for batch in batches for c in batch}
@@ -133,7 +138,7 @@ def test_tokens_do_not_depend_on_how_the_engine_runs(llama: Path, temperature: f
 def test_equal_prompts_have_equal_completions_and_are_computed_once(llama: Path) -> None:
     once = prompts_for(10, max_tokens=12, ignore_eos=False)
     again = [
-        dataclasses.replace(prompt, key=RowKey(unit_id=1, index=10 + i), seed=100 + i)
+        dataclasses.replace(prompt, key=RowKey(unit_id=1, index=10 + i), seeds=(100 + i,))
         for i, prompt in enumerate(once)
     ]
     engine = engine_for(llama, SamplingOptions(eos_token_ids=(2,)))
@@ -144,7 +149,7 @@ def test_equal_prompts_have_equal_completions_and_are_computed_once(llama: Path)
     assert stats.prompt_tokens - stats.cached_prompt_tokens <= given
     for index, prompt in enumerate(again):
         assert both[10 + index].token_ids == both[index].token_ids
-        assert both[10 + index].seed == prompt.seed
+        assert both[10 + index].seed == prompt.seeds[0]
     drawn = engine_for(llama, SamplingOptions(temperature=0.8))
     complete(drawn, [*once, *again])
     assert drawn.stats().merged_prompts == 0

@@ -93,18 +93,18 @@ def test_the_cpu_and_the_gpu_sample_the_same_tokens(tmp_path: Path) -> None:
     assert same >= 15
 
 
-def test_a_prefix_that_all_rows_share_is_read_once_and_changes_no_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_groups", [1, 5])
+def test_shared_prefixes_are_read_once_and_change_no_token(tmp_path: Path, num_groups: int) -> None:
     model = save_tiny_model("qwen3", tmp_path).to("cuda")
-    shared = prompts_for(7)[6].token_ids[:20] * 8
     prompts = [
-        dataclasses.replace(prompt, token_ids=[*shared, *prompt.token_ids[-9:]])
-        for prompt in prompts_for(40, max_tokens=32)
+        dataclasses.replace(
+            prompt,
+            token_ids=[*[45 + index % num_groups, *range(20, 40)] * 8, *prompt.token_ids[-9:]],
+        )
+        for index, prompt in enumerate(prompts_for(40, max_tokens=32))
     ]
-    engine = engine_for(tmp_path, device="cuda", max_num_seqs=24)
-    used: list[bool] = []
-    set_prefix = engine._runner._set_prefix
-    engine._runner._set_prefix = lambda plan: used.append(set_prefix(plan)) or used[-1]
+    engine = engine_for(tmp_path, device="cuda", max_num_seqs=24, min_prefix_saving_bytes=1)
     completions = complete(engine, prompts)
-    assert any(used)
+    assert engine.stats().prefix_blocks_saved > 0
     for prompt in prompts:
         assert list(completions[prompt.key.index].token_ids) == greedy(model, prompt)

@@ -49,6 +49,8 @@ def whole_prompts(tokens: Tensor) -> PrefillPlan:
         query_lens=lengths,
         seq_lens=lengths,
         is_last=np.ones(count, dtype=np.bool_),
+        sample_rows=rows,
+        sample_of=rows,
         new=NewSequences(
             rows=rows,
             seeds=np.zeros(count, dtype=np.int64),
@@ -57,6 +59,7 @@ def whole_prompts(tokens: Tensor) -> PrefillPlan:
             ignore_eos=np.ones(count, dtype=np.bool_),
             prompts=tuple(tokens.numpy().astype(np.int32)),
         ),
+        slot_copies=None,
     )
 
 

@@ -15,7 +15,7 @@ def test_a_card_states_the_run_and_no_secrets() -> None:
             sampling={"temperature": 0.8, "max_tokens": 256},
             columns={"id": "int64", "translation": "string"},
             rows_total=1_000_000,
-            rows_ok=999_990,
+            rows_written=999_990,
             rows_failed=7,
             rows_skipped=3,
             prompt_tokens=90_000_000,

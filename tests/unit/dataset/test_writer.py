@@ -95,7 +95,7 @@ def output_rows(values: Sequence[Mapping[str, object]], unit_id: int = 0) -> lis
         OutputRow(
             key=RowKey(unit_id=unit_id, index=i),
             address=f"x:{i}",
-            values={**row, "not_kept": "x"},
+            rows=({**row, "not_kept": "x"},),
             num_prompt_tokens=3,
             num_output_tokens=4,
         )

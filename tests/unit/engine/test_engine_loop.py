@@ -73,6 +73,7 @@ def make(*, merge: bool, prefill_lookahead: int) -> tuple[Engine, StandInRunner]
             cpu_blocks=200,
             enable_prefix_caching=True,
             merge_duplicates=merge,
+            min_prefix_saving=None,
         )
     )
     runner = StandInRunner(scheduler, {length: rng.randint(1, 40) for length in range(1, 65)})
@@ -97,7 +98,7 @@ def random_prompts(count: int, distinct: int) -> list[Prompt]:
             key=RowKey(unit_id=0, index=index),
             token_ids=rng.choice(texts),
             max_tokens=50,
-            seed=index,
+            seeds=(index,),
         )
         for index in range(count)
     ]
@@ -113,7 +114,7 @@ def test_every_key_ends_once(merge: bool, prefill_lookahead: int) -> None:
     assert runner.unread == []
     stats = engine.stats()
     assert stats.num_finished == 300
-    assert stats.output_tokens == sum(len(c.token_ids) for c in completions)
+    assert stats.output_tokens == sum(c.num_output_tokens for c in completions)
     assert stats.prompt_tokens == sum(len(prompt.token_ids) for prompt in prompts)
     distinct = len({tuple(prompt.token_ids) for prompt in prompts})
     assert stats.merged_prompts == (300 - distinct if merge else 0)

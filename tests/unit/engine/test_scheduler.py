@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchgen.engine.forecast import OutputLengths, forecast_peak
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
-from batchgen.engine.step_plan import StepPlan
+from batchgen.engine.step_plan import DecodePlan, StepPlan
 from batchgen.records import Prompt, RowKey
 
 
-def config(**changes: int | bool) -> SchedulerConfig:
-    values: dict[str, int | bool] = {
+def config(**changes: int | bool | None) -> SchedulerConfig:
+    values: dict[str, int | bool | None] = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "max_model_len": 64,
@@ -30,22 +29,31 @@ def config(**changes: int | bool) -> SchedulerConfig:
         "cpu_blocks": 64,
         "enable_prefix_caching": True,
         "merge_duplicates": False,
+        "min_prefix_saving": 1,
     }
     return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
 
 
-def prompt(index: int, tokens: list[int], max_tokens: int, *, ignore_eos: bool = False) -> Prompt:
+def prompt(
+    index: int, tokens: list[int], max_tokens: int, *, ignore_eos: bool = False, n: int = 1
+) -> Prompt:
     key = RowKey(unit_id=0, index=index)
+    seeds = tuple(output_key(index, sample) for sample in range(n))
     return Prompt(
-        key=key, token_ids=tokens, max_tokens=max_tokens, seed=index, ignore_eos=ignore_eos
+        key=key, token_ids=tokens, max_tokens=max_tokens, seeds=seeds, ignore_eos=ignore_eos
     )
+
+
+def output_key(index: int, sample: int) -> int:
+    """Names a sample; the first one of a prompt by the prompt's own index."""
+    return index + 1000 * sample
 
 
 class StandInDevice:
     """Keeps a label for each KV slot, moves labels as plans say, and checks what is read.
 
     The label of a slot is (sequence id or prefix content, position); reading a wrong or unwritten
-    label fails. Sequences end after `length_of[index]` tokens.
+    label fails. Sequences end after `length_of[output key]` tokens.
     """
 
     def __init__(self, scheduler: Scheduler, length_of: dict[int, int]) -> None:
@@ -61,6 +69,8 @@ class StandInDevice:
         self.alive: dict[int, bool] = {}
         self.stop_len: dict[int, int] = {}
         self.prefilled_tokens = 0
+        self.copied_blocks = 0
+        self.num_groups = 0
 
     def label(self, row: int, position: int) -> int:
         return hash(tuple(self.tokens[row][: position + 1]))
@@ -81,6 +91,9 @@ class StandInDevice:
             self.cpu[plan.swap_out.target] = self.gpu[plan.swap_out.source]
         if plan.swap_in is not None:
             self.gpu[plan.swap_in.target] = self.cpu[plan.swap_in.source]
+        if plan.copies is not None:
+            self.gpu[plan.copies.target] = self.gpu[plan.copies.source]
+            self.copied_blocks += len(plan.copies.target)
         if plan.table is not None:
             self.table[plan.table.rows, plan.table.columns] = plan.table.blocks
         return self._prefill(plan) if plan.prefill is not None else self._decode(plan)
@@ -101,16 +114,22 @@ class StandInDevice:
             assert chunk == self.tokens[row][first : first + len(chunk)]
             for position in range(first, int(p.seq_lens[i])):
                 self.write(row, position)
+        if p.slot_copies is not None:
+            flat = self.gpu.reshape(-1)
+            assert not set(p.slot_copies.source.tolist()) & set(p.slot_copies.target.tolist())
+            flat[p.slot_copies.target] = flat[p.slot_copies.source]
         for i, row in enumerate(p.rows.tolist()):
             self.read_all(row, int(p.seq_lens[i]))
-            if p.is_last[i]:
-                self.kv_len[row] = int(p.seq_lens[i])
-                made[row] = self._sample(row)
+        ended = np.flatnonzero(p.is_last)
+        for row, index in zip(p.sample_rows.tolist(), ended[p.sample_of].tolist(), strict=True):
+            self.kv_len[row] = int(p.seq_lens[index])
+            self.read_all(row, self.kv_len[row])
+            made[row] = self._sample(row)
         return made
 
     def _sample(self, row: int) -> tuple[int, bool]:
-        index = self.scheduler.key_of(row).index
-        self.tokens[row].append(1000 + len(self.tokens[row]))
+        index = key_in(self.scheduler, row)
+        self.tokens[row].append(1000 * (index + 1) + len(self.tokens[row]))
         generated = self.kv_len[row] + 1 - int(self.scheduler.table.prompt_len_R[row])
         total = len(self.tokens[row])
         self.alive[row] = generated < self.length_of[index] and total < self.stop_len[row]
@@ -118,6 +137,7 @@ class StandInDevice:
 
     def _decode(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
         assert plan.decode is not None
+        self._check_groups(plan.decode)
         made = {}
         for row in plan.decode.rows.tolist():
             count = 0
@@ -131,6 +151,22 @@ class StandInDevice:
             made[row] = (count, self.alive[row])
         return made
 
+    def _check_groups(self, plan: DecodePlan) -> None:
+        """A group's blocks are the first of each member, full before the step begins."""
+        if plan.groups is None:
+            return
+        self.num_groups += len(plan.groups.blocks)
+        for index, blocks in enumerate(plan.groups.blocks):
+            first, end = plan.groups.cu_members[index : index + 2].tolist()
+            for row in plan.rows[plan.groups.members[first:end]].tolist():
+                assert np.array_equal(self.table[row, : len(blocks)], blocks)
+                if self.alive[row]:
+                    assert self.kv_len[row] >= len(blocks) * self.scheduler.config.block_size
+
+
+def key_in(scheduler: Scheduler, row: int) -> int:
+    return output_key(scheduler.key_of(row).index, int(scheduler.table.sample_R[row]))
+
 
 def run(
     scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int], lateness: int = 1
@@ -138,7 +174,7 @@ def run(
     """Runs all prompts, reading results some steps late as the engine does on a GPU."""
     device = StandInDevice(scheduler, lengths)
     scheduler.add(prompts)
-    generated: dict[int, int] = dict.fromkeys(range(len(prompts)), 0)
+    generated: dict[int, int] = dict.fromkeys(lengths, 0)
     finished: dict[int, int] = {}
     in_flight: list[tuple[StepPlan, dict[int, tuple[int, bool]]]] = []
     for _ in range(20_000):
@@ -151,7 +187,7 @@ def run(
             for row, sequence_id in zip(done.rows.tolist(), done.sequence_ids, strict=True):
                 if scheduler.table.sequence_id_R[row] != sequence_id:
                     continue
-                index = scheduler.key_of(row).index
+                index = key_in(scheduler, row)
                 generated[index] += made[row][0]
                 if not made[row][1]:
                     scheduler.finish(row, generated[index])
@@ -178,6 +214,18 @@ def test_a_shared_prefix_is_prefilled_once_even_within_one_step() -> None:
     run(scheduler, prompts, dict.fromkeys(range(8), 2))
     assert scheduler.counters.cached_prompt_tokens == 7 * 32
     assert scheduler.counters.prefill_steps == 1
+
+
+def test_rows_that_share_a_prefix_are_grouped_where_that_pays() -> None:
+    prompts = [prompt(i, [i % 3] * 8 + [100 + i, 200 + i], 12) for i in range(8)]
+    lengths = dict.fromkeys(range(8), 12)
+    scheduler = Scheduler(config(max_num_batched_tokens=256))
+    run(scheduler, prompts, lengths)
+    windows = -(-11 // 4)
+    assert scheduler.counters.prefix_blocks_saved == windows * (8 - 3) * 2
+    scheduler = Scheduler(config(max_num_batched_tokens=256, min_prefix_saving=11))
+    run(scheduler, prompts, lengths)
+    assert scheduler.counters.prefix_blocks_saved == 0
 
 
 def test_a_long_prompt_is_prefilled_in_chunks() -> None:
@@ -224,16 +272,6 @@ def test_hashes_taken_over_from_another_prompt_are_the_same(
     assert block_hashes(ids, 4, (other_ids, block_hashes(other_ids, 4))) == block_hashes(ids, 4)
 
 
-def test_forecast_peak_equals_a_simulation() -> None:
-    rng = np.random.default_rng(0)
-    kv = rng.integers(1, 50, 40).astype(float)
-    remaining = rng.integers(0, 60, 40).astype(float)
-    simulated = max(
-        sum(k + t for k, r in zip(kv, remaining, strict=True) if r >= t) for t in range(61)
-    )
-    assert forecast_peak(kv, remaining) == simulated
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -243,6 +281,7 @@ def test_forecast_peak_equals_a_simulation() -> None:
     caching=st.booleans(),
     batched=st.sampled_from([7, 24, 64, 512]),
     lateness=st.sampled_from([0, 1, 4]),
+    most_samples=st.sampled_from([1, 3, 8]),
 )
 def test_any_job_ends_with_every_token_right(
     seed: int,
@@ -252,6 +291,7 @@ def test_any_job_ends_with_every_token_right(
     caching: bool,
     batched: int,
     lateness: int,
+    most_samples: int,
 ) -> None:
     rng = random.Random(seed)
     prefixes = [[rng.randrange(50) for _ in range(rng.choice([0, 3, 9, 17]))] for _ in range(3)]
@@ -260,11 +300,14 @@ def test_any_job_ends_with_every_token_right(
         tokens = [*rng.choice(prefixes), *(rng.randrange(50) for _ in range(rng.randint(1, 20)))]
         max_tokens = rng.randint(1, 64 - len(tokens))
         exact = rng.random() < 0.3
-        lengths[i] = max_tokens if exact else rng.randint(1, max_tokens)
-        prompts.append(prompt(i, tokens, max_tokens, ignore_eos=exact))
+        n = rng.randint(1, most_samples)
+        for sample in range(n):
+            length = max_tokens if exact else rng.randint(1, max_tokens)
+            lengths[output_key(i, sample)] = length
+        prompts.append(prompt(i, tokens, max_tokens, ignore_eos=exact, n=n))
     scheduler = Scheduler(
         config(
-            gpu_blocks=gpu_blocks,
+            gpu_blocks=max(gpu_blocks, 17) if most_samples > 1 else gpu_blocks,
             cpu_blocks=cpu_blocks,
             decode_window=window,
             enable_prefix_caching=caching,
@@ -348,57 +391,20 @@ def test_rows_that_share_a_prefix_stay_together_longest_first() -> None:
         assert lengths == sorted(lengths, reverse=True)
 
 
-def outputs_seen_until(
-    step: int, lengths: np.ndarray, limit: int
-) -> tuple[OutputLengths, np.ndarray]:
-    """What is known of rows that all began at step 0: those that ended, and those that run."""
-    learned = OutputLengths()
-    for length in lengths[lengths <= step]:
-        learned.add(int(min(length, limit)), is_cut=bool(length >= limit))
-    return learned, np.full(int((lengths > step).sum()), step)
-
-
-@pytest.mark.parametrize("step", [30, 60, 100])
-def test_forecast_learns_from_rows_that_still_run(step: int) -> None:
-    """Half of the outputs have about 20 tokens, half 100: the short ones end first."""
-    rng = np.random.default_rng(0)
-    short, long = rng.integers(10, 30, 2000), rng.integers(80, 120, 2000)
-    lengths = rng.permutation(np.concatenate([short, long]))
-    learned, running = outputs_seen_until(step, lengths, limit=200)
-    generated = np.append(running, 0)
-    got = learned.expected_remaining(
-        generated, np.full(len(generated), 200), np.zeros(len(generated), dtype=np.bool_)
-    )
-    ended = lengths[lengths <= step].mean()
-    assert got[-1] > (ended + lengths.mean()) / 2, "a new row is taken for one of those that ended"
-    assert got[-1] < 1.3 * lengths.mean()
-    if step == 100:
-        assert got[-1] == pytest.approx(lengths.mean(), rel=0.2)
-
-
-def test_forecast_of_rows_that_max_tokens_cuts_off() -> None:
-    learned = OutputLengths()
-    for index in range(400):
-        is_cut = index % 2 == 0
-        learned.add(50 if is_cut else 10, is_cut=is_cut)
-    got = learned.expected_remaining(
-        np.array([0, 0, 20]), np.array([50, 30, 50]), np.array([False, False, False])
-    )
-    assert got == pytest.approx([30, 20, 30], rel=0.05)
-
-
-def test_forecast_of_rows_that_all_end_with_their_first_token() -> None:
-    learned = OutputLengths()
-    for _ in range(40):
-        learned.add(1, is_cut=False)
-    got = learned.expected_remaining(np.array([0]), np.array([50]), np.array([False]))
-    assert got == pytest.approx([1], abs=0.01)
-
-
-def test_forecast_of_exact_rows_is_exact() -> None:
-    learned = OutputLengths()
-    for _ in range(100):
-        learned.add(5, is_cut=False)
-    got = learned.expected_remaining(np.array([3, 3]), np.array([90, 90]), np.array([True, False]))
-    assert got[0] == 87
-    assert 0 < got[1] < 10
+@pytest.mark.parametrize("batched", [64, 4096])
+def test_each_distinct_token_is_computed_once(batched: int) -> None:
+    """Prompts that fork anywhere in a block, in random order: as many tokens as the trie has."""
+    rng = random.Random(5)
+    stems = [[rng.randrange(3) for _ in range(rng.randint(0, 30))] for _ in range(12)]
+    tokens = [
+        [*rng.choice(stems)[: rng.randint(0, 30)], 7, *(rng.randrange(3) for _ in range(9))]
+        for _ in range(150)
+    ]
+    tokens = [[*ids, 100 + i] for i, ids in enumerate(tokens)]  # none is the beginning of another
+    lengths = {i: 1 + i % 9 for i in range(150)}
+    prompts = [prompt(i, ids, 9) for i, ids in enumerate(tokens)]
+    scheduler = Scheduler(config(max_num_batched_tokens=batched, gpu_blocks=3000))
+    assert run(scheduler, prompts, lengths) == lengths
+    distinct = {tuple(ids[: end + 1]) for ids in tokens for end in range(len(ids))}
+    counters = scheduler.counters
+    assert counters.prompt_tokens - counters.cached_prompt_tokens == len(distinct)

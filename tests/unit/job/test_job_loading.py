@@ -22,13 +22,11 @@ UNBUILT = {
     "input.format": "openai-batch",
     "model.quantization": "int8",
     "model.trust_remote_code": "true",
-    "sampling.n": "2",
     "sampling.logprobs": "0",
     "sampling.beam_width": "4",
     "structured": "{choice: [a, b]}",
     "engine.kv_cache_dtype": "int8",
     "engine.tensor_parallel_size": "2",
-    "output.n_layout": "explode",
     "output.overwrite": "always",
     "errors.on_error": "record",
     "preemption.watch": "none",
@@ -80,6 +78,15 @@ def error_of(load_text, *args) -> list[str]:
             "sampling: {min_tokens: 300}\n",
             "job.yaml:5:1: sampling: min_tokens should be at most max_tokens "
             "(got min_tokens 300, max_tokens 256)",
+        ),
+        (
+            "sampling: {n: 4}\n",
+            "job.yaml:5:1: sampling: n should be 1 at temperature 0, where all samples are the "
+            "same (got n 4); set a temperature, or n to 1",
+        ),
+        (
+            "sampling: {n: 65, temperature: 1}\n",
+            "job.yaml:5:12: sampling.n: should be less than or equal to 64 (got 65)",
         ),
         ("name: a\nname: b\n", "job.yaml:6:1: name: the key is given twice, first in line 5"),
     ],
@@ -305,10 +312,10 @@ def test_the_first_built_value_is_the_default(load_text, minimal, key, built):
 
 def test_several_unbuilt_features_are_refused_at_once(load_text, minimal):
     with pytest.raises(UnsupportedError) as caught:
-        load_text(f"{minimal}sampling: {{n: 2, beam_width: 4}}\n")
+        load_text(f"{minimal}sampling: {{logprobs: 2, beam_width: 4}}\n")
     assert str(caught.value).split("\n") == [
-        "job.yaml:5:12: sampling.n: not built yet (got 2); set it to 1",
-        "job.yaml:5:18: sampling.beam_width: not built yet (got 4); set it to null",
+        "job.yaml:5:12: sampling.logprobs: not built yet (got 2); set it to null",
+        "job.yaml:5:25: sampling.beam_width: not built yet (got 4); set it to null",
     ]
 
 

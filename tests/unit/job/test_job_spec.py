@@ -107,6 +107,8 @@ def test_defaults_are_the_contracts(load_text, minimal):
         "sampling.min_p=1.5",
         "sampling.max_tokens=0",
         "sampling.min_tokens=257",
+        "sampling.n=0",
+        "sampling.n=2",
         "sampling.seed=-1",
         "sampling.seed=1.5",
         "sampling.seed='1'",

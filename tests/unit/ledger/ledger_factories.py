@@ -55,7 +55,7 @@ def make_result(unit_id: int, index: int) -> RowResult:
     return OutputRow(
         key=key,
         address=address,
-        values={"id": 100 * unit_id + index, "response": f"réponse {unit_id}.{index}"},
+        rows=({"id": 100 * unit_id + index, "response": f"réponse {unit_id}.{index}"},),
         num_prompt_tokens=10,
         num_output_tokens=2,
     )

@@ -89,7 +89,7 @@ def test_values_come_back_exactly(data):
         OutputRow(
             key=RowKey(unit_id=0, index=i),
             address=f"in.parquet:{i}",
-            values=values,
+            rows=(values,),
             num_prompt_tokens=i,
             num_output_tokens=2**40,
         )
@@ -101,7 +101,7 @@ def test_values_come_back_exactly(data):
     assert len(decoded) == len(rows)
     for row, back in zip(rows, decoded, strict=True):
         assert isinstance(back, OutputRow)
-        assert are_same(dict(row.values), dict(back.values))
+        assert are_same(list(row.rows), list(back.rows))
         assert (back.key, back.address) == (row.key, row.address)
         assert (back.num_prompt_tokens, back.num_output_tokens) == (row.num_prompt_tokens, 2**40)
     assert encode_partial(decoded, job_id=job.job_id, schema=schema) == encoded
@@ -116,14 +116,30 @@ def test_extremes_come_back_exactly():
     row = OutputRow(
         key=RowKey(unit_id=0, index=0),
         address="a:0",
-        values=values,
+        rows=(values,),
         num_prompt_tokens=1,
         num_output_tokens=1,
     )
     job = make_job(schema)
     (back,) = decode_partial(encode_partial([row], job_id=job.job_id, schema=schema), job, "where")
     assert isinstance(back, OutputRow)
-    assert back.values == values
+    assert back.rows == (values,)
+
+
+def test_rows_that_became_several_come_back_with_their_own():
+    rows = [
+        OutputRow(
+            key=RowKey(unit_id=0, index=i),
+            address=f"in.parquet:{i}",
+            rows=tuple({"id": i, "response": f"{i}.{sample}"} for sample in range(count)),
+            num_prompt_tokens=1,
+            num_output_tokens=count,
+        )
+        for i, count in enumerate((2, 1, 3))
+    ]
+    job = make_job()
+    encoded = encode_partial(rows, job_id=job.job_id, schema=SCHEMA)
+    assert decode_partial(encoded, job, "where") == rows
 
 
 def test_failures_and_skips_come_back():

@@ -22,6 +22,9 @@ def test_the_summary_of_a_run() -> None:
             cached_prompt_tokens=60_000,
             output_tokens=50_000,
             kv_waste=0.021,
+            kv_saved=0.314,
+            peak_saved_blocks=5000,
+            copied_blocks=70,
             swapped_out_blocks=1200,
             swapped_in_blocks=1100,
         ),
@@ -32,6 +35,7 @@ def test_the_summary_of_a_run() -> None:
         "rows: 1,200 = 1,190 ok + 7 failed + 3 skipped (200 done before this run)",
         "time: 1:40, 10.0 rows/s, 90,000 prompt tokens (900/s), 50,000 output tokens (500/s)",
         "KV: 2.1% wasted, 67% of prompt tokens from the prefix cache, "
+        "31.4% saved by sharing (5,000 blocks at the peak, 70 copied), "
         "1,200 blocks swapped out and 1,100 in",
         "dead letters: 2 empty_prompt, 5 prompt_too_long, in out/translate/.batchgen/dead",
         "dataset: out/translate",

@@ -1,35 +1,29 @@
-"""Completions become text, without what ended them."""
+"""Outputs become text, without what ended them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from batchgen.prompts.detokenize import detokenize
-from batchgen.records import Completion, FinishReason, RowKey
+from batchgen.records import FinishReason, SampleOutput
 
 END = 2
 
 
-def completion(token_ids: list[int], finish_reason: FinishReason = "stop") -> Completion:
-    return Completion(
-        key=RowKey(unit_id=0, index=0),
-        token_ids=token_ids,
-        finish_reason=finish_reason,
-        num_prompt_tokens=1,
-        seed=0,
-    )
+def output(token_ids: list[int], finish_reason: FinishReason = "stop") -> SampleOutput:
+    return SampleOutput(token_ids=token_ids, finish_reason=finish_reason, seed=0)
 
 
 def text_of(tokenizer: Any, token_ids: list[int], *args: Any, reason: FinishReason = "stop") -> str:
-    (text,) = detokenize(tokenizer, [completion(token_ids, reason)], *args)
+    (text,) = detokenize(tokenizer, [output(token_ids, reason)], *args)
     return text
 
 
 def test_a_batch_is_what_transformers_decodes(tokenizer: Any) -> None:
     texts = ["The cat, the dog .", " café 😀 ", "", "a\n\nb"]
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    completions = [completion([*token_ids, END]) for token_ids in ids]
-    assert detokenize(tokenizer, completions) == texts
+    outputs = [output([*token_ids, END]) for token_ids in ids]
+    assert detokenize(tokenizer, outputs) == texts
     assert texts == tokenizer.batch_decode(
         ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )

@@ -92,7 +92,7 @@ def test_seeds_and_sampling(tokenizer: Any) -> None:
         key=make_row(3).key,
         token_ids=tokenizer("cat")["input_ids"],
         max_tokens=9,
-        seed=row_seed(7, "data.jsonl:3"),
+        seeds=(row_seed(7, "data.jsonl:3"),),
         ignore_eos=True,
     )
 

@@ -1,0 +1,218 @@
+"""What sharing, samples and swapping are worth on a GPU, in seconds of the same job.
+
+    python tests/benchmarks/gpu_kv.py                      all three
+    python tests/benchmarks/gpu_kv.py prefix samples swap  some of them
+
+Random weights of the 0.6B model. Each line is a JSON object; `wall_s` leaves the start-up out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from batchgen.engine.bench import RequestList
+from batchgen.engine.build import build_engine
+from batchgen.engine.config import EngineOptions, SamplingOptions
+from batchgen.engine.engine import Engine
+from batchgen.engine.kv_memory import KVMemory
+from batchgen.engine.step_plan import BlockCopies
+from batchgen.engine.swap import SwapSpace
+from batchgen.models.config import parse_config
+from batchgen.records import Prompt, RowKey
+from tests.benchmarks.workloads import MODELS, build
+
+MODEL = "qwen3-0.6b"
+CONFIG = parse_config(MODELS[MODEL], source=MODEL)
+
+
+def make_engine(max_model_len: int, **options: Any) -> Engine:
+    settings = {"device": "cuda", "load_format": "dummy", "merge_duplicates": False} | options
+    temperature = settings.pop("temperature", 0.0)
+    return build_engine(
+        CONFIG,
+        None,
+        EngineOptions(max_model_len=max_model_len, **settings),
+        SamplingOptions(temperature=temperature),
+        decode=None,
+    )
+
+
+def free_memory() -> None:
+    """An engine's parts refer to each other in circles."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def make_prompts(drawn: list[tuple[list[int], int]], num_samples: int = 1) -> list[Prompt]:
+    return [
+        Prompt(
+            key=RowKey(unit_id=0, index=index),
+            token_ids=array("i", ids),
+            max_tokens=length,
+            seeds=tuple(1000 * index + i for i in range(num_samples)),
+            ignore_eos=True,
+        )
+        for index, (ids, length) in enumerate(drawn)
+    ]
+
+
+def run(engine: Engine, prompts: list[Prompt]) -> tuple[float, dict[int, list[list[int]]]]:
+    """Wall seconds, and each prompt's outputs."""
+    outputs: dict[int, list[list[int]]] = {}
+    start = time.perf_counter()
+    for completions in engine.run(RequestList(prompts)):
+        for completion in completions:
+            outputs[completion.key.index] = [list(out.token_ids) for out in completion.outputs]
+    return time.perf_counter() - start, outputs
+
+
+def shared_requests(
+    rng: random.Random, count: int, prefix: int, own: tuple[int, int], output: tuple[int, int]
+) -> list[tuple[list[int], int]]:
+    """Requests that begin with the same `prefix` tokens."""
+    start = [rng.randrange(10, 150_000) for _ in range(prefix)]
+    owns = [[rng.randrange(10, 150_000) for _ in range(rng.randint(*own))] for _ in range(count)]
+    return [(start + ids, rng.randint(*output)) for ids in owns]
+
+
+def bench_prefix() -> Iterator[dict[str, object]]:
+    """`translate` and `label` over longer prefixes; `apart`: read once a group by decode steps."""
+    for apart in (True, False):
+        saving = EngineOptions().min_prefix_saving_bytes if apart else None
+        engine = make_engine(4096 + 512, min_prefix_saving_bytes=saving)
+        run(engine, make_prompts(shared_requests(random.Random(0), 256, 256, (32, 64), (2, 32))))
+        for prefix in (256, 1024, 4096):
+            for name, count, own, output in (
+                ("translate", 4096, (32, 128), (32, 128)),
+                ("label", 4096, (64, 256), (1, 1)),
+            ):
+                if name == "label" and not apart:
+                    continue  # nothing decodes
+                requests = shared_requests(random.Random(prefix), count, prefix, own, output)
+                wall_s, _ = run(engine, make_prompts(requests))
+                yield {
+                    "bench": "prefix",
+                    "workload": name,
+                    "prefix": prefix,
+                    "rows": count,
+                    "read_apart": apart,
+                    "wall_s": round(wall_s, 2),
+                }
+        del engine
+        free_memory()
+
+
+def bench_samples() -> Iterator[dict[str, object]]:
+    """n samples of a prompt, beside n requests that compute and keep their prompts themselves."""
+    rng = random.Random(1)
+    seconds: dict[tuple[int, int, bool], float] = {}
+    cases = [(prompt_len, n) for prompt_len in (128, 1024) for n in (2, 6)]
+    for is_shared in (True, False):
+        engine = make_engine(2048, temperature=0.8, enable_prefix_caching=is_shared)
+        for prompt_len, n in cases:
+            drawn = [([rng.randrange(10, 150_000) for _ in range(prompt_len)], 128)] * 512
+            prompts = make_prompts(drawn, n) if is_shared else make_prompts(drawn * n)
+            seconds[prompt_len, n, is_shared], _ = run(engine, prompts)
+        del engine
+        free_memory()
+    for prompt_len, n in cases:
+        together, apart = seconds[prompt_len, n, True], seconds[prompt_len, n, False]
+        yield {
+            "bench": "samples",
+            "prompts": 512,
+            "prompt_tokens": prompt_len,
+            "output_tokens": 128,
+            "n": n,
+            "samples_s": round(together, 2),
+            "requests_s": round(apart, 2),
+            "speedup": round(apart / together, 2),
+        }
+
+
+def copy_rates(num_blocks: int = 4096, rounds: int = 5) -> dict[str, object]:
+    """GB/s of swapping `num_blocks` blocks out, and in."""
+    memory = KVMemory(
+        CONFIG,
+        num_blocks=num_blocks,
+        block_size=16,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+    )
+    space = SwapSpace(memory, num_blocks)
+    device = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    copies = BlockCopies(source=device, target=np.arange(num_blocks, dtype=np.int32))
+    back = BlockCopies(source=copies.target, target=copies.source)
+    rates = {}
+    for name, arguments in (("out", (copies, None)), ("in", (None, back))):
+        space.run(*arguments)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            space.run(*arguments)
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        rates[f"{name}_gb_per_s"] = round(rounds * memory.block_rows.nbytes / elapsed / 1e9, 1)
+    return {"bench": "swap", "blocks": num_blocks, "mib": memory.block_rows.nbytes >> 20, **rates}
+
+
+def bench_swap() -> Iterator[dict[str, object]]:
+    """`mixed` with room for all of it, with a third, and with a third and no forecast at all."""
+    yield copy_rates()
+    free_memory()
+    prompts = make_prompts(build("mixed", CONFIG.vocab_size, seed=0, scale=1.0))
+    demand = sum(-(-(len(p.token_ids) + p.max_tokens) // 16) for p in prompts)
+    first: dict[int, list[list[int]]] = {}
+    rooms = {"all": demand + 2048, "third": demand // 3, "forced": demand // 3}
+    for name, num_blocks in rooms.items():
+        engine = make_engine(2048, num_gpu_blocks=num_blocks)
+        if name == "forced":
+            # Admits all that fits at the moment: what follows has to be swapped.
+            admission = engine._scheduler.admission
+            admission._forecast_peaks = lambda *arguments: np.zeros(len(arguments[2]))  # type: ignore[method-assign]
+        wall_s, outputs = run(engine, prompts)
+        first = first or outputs
+        stats = engine.stats()
+        yield {
+            "bench": "swap",
+            "room": name,
+            "gpu_blocks": num_blocks,
+            "wall_s": round(wall_s, 2),
+            "swapped_out_blocks": stats.swapped_out_blocks,
+            "swapped_in_blocks": stats.swapped_in_blocks,
+            "stalled": stats.stalled_sequences,
+            "recomputed_tokens": stats.prompt_tokens
+            - stats.cached_prompt_tokens
+            - sum(len(p.token_ids) for p in prompts),
+            "rows_with_other_tokens": sum(first[key] != outputs[key] for key in first),
+        }
+        del engine
+        free_memory()
+
+
+BENCHES = {"prefix": bench_prefix, "samples": bench_samples, "swap": bench_swap}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("benches", nargs="*", default=list(BENCHES), help="prefix, samples, swap")
+    for name in parser.parse_args().benches:
+        for row in BENCHES[name]():
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
