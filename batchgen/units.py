@@ -223,9 +223,9 @@ class UnitSaver:
                 "row_address": row.address,
             }
         if self._spec.output.n_layout == "explode":
-            return tuple(
-                {**common, **sample, SAMPLE_INDEX: index} for index, sample in enumerate(samples)
-            )
+            if self._spec.output.columns.meta:
+                samples = [{**sample, SAMPLE_INDEX: i} for i, sample in enumerate(samples)]
+            return tuple({**common, **sample} for sample in samples)
         if self._spec.sampling.n == 1:
             return ({**common, **samples[0]},)
         return ({**common, **{name: [s[name] for s in samples] for name in samples[0]}},)

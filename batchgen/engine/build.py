@@ -129,6 +129,8 @@ def build_engine(
         sampler = Sampler(
             sampling, ops, num_rows=max_num_seqs, vocab_size=model.vocab_size, device=device
         )
+        shares = options.enable_prefix_caching or sampling.n > 1
+        min_prefix_saving = _min_prefix_saving(options, memory, device) if shares else None
         runner = ModelRunner(
             decoder=decoder,
             ops=ops,
@@ -139,6 +141,7 @@ def build_engine(
             max_num_seqs=max_num_seqs,
             decode_window=decode_window,
             use_graphs=options.use_cuda_graphs and device.type == "cuda",
+            has_prefixes=min_prefix_saving is not None,
         )
         runner.warm_up(max_tokens)
     scheduler = Scheduler(
@@ -152,7 +155,7 @@ def build_engine(
             cpu_blocks=swap_blocks,
             enable_prefix_caching=options.enable_prefix_caching,
             merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
-            min_prefix_saving=_min_prefix_saving(options, memory, device),
+            min_prefix_saving=min_prefix_saving,
         )
     )
     if sampling.stop and decode is None:

@@ -29,12 +29,17 @@ def group_sizes(max_num_seqs: int) -> list[int]:
 class StepGraphs:
     """Owns the graphs and the memory pool that they share."""
 
-    def __init__(self, step: Callable[[int, int], None], max_num_seqs: int) -> None:
+    def __init__(
+        self, step: Callable[[int, int], None], max_num_seqs: int, *, has_prefixes: bool
+    ) -> None:
         """`step(size, max_groups)` launches one decode step of `size` rows, in which up to so many
         groups share a prefix."""
         self._step = step
-        many, few = graph_sizes(max_num_seqs), group_sizes(max_num_seqs)
-        self._sizes = {0: many, 1: many, MAX_GROUPS: few}  # by max_groups
+        many = graph_sizes(max_num_seqs)
+        self._sizes = {0: many}  # by max_groups
+        if has_prefixes:
+            self._sizes[1] = [size for size in many if size >= min(16, max_num_seqs)]
+            self._sizes[MAX_GROUPS] = group_sizes(max_num_seqs)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 

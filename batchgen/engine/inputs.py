@@ -157,18 +157,17 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
         seq_lens_B=to_device(plan.seq_lens[ends], device),
         cu_seqlens_q_B1=torch.arange(int(ends.sum()) + 1, dtype=torch.int32, device=device),
     )
+    copies = plan.slot_copies
+    slots = None
+    if copies is not None:
+        slots = to_device(copies.source, device), to_device(copies.target, device)
     return PrefillBatch(
         positions_T=positions_T,
         slot_mapping_T=_slots(state, rows_T, positions_T, block_size),
         rows_B=to_device(plan.rows, device),
         cu_seqlens_q_B1=to_device(cu_seqlens, device),
         seq_lens_B=to_device(plan.seq_lens, device),
-        slot_copies=None
-        if plan.slot_copies is None
-        else (
-            to_device(plan.slot_copies.source, device),
-            to_device(plan.slot_copies.target, device),
-        ),
+        slot_copies=slots,
         last=last,
         query_lens=plan.query_lens,
         seq_lens=plan.seq_lens,

@@ -60,8 +60,9 @@ class KVMemory:
 
     def copy(self, copies: BlockCopies) -> None:
         """Copies blocks within the device, through a buffer of at most _COPY_BYTES."""
-        rows = self.block_rows.view(torch.uint8)  # index_copy_ knows no fp8
-        step = max(1, _COPY_BYTES // rows.shape[1])
+        # index_copy_ knows no fp8; a block is a multiple of four bytes.
+        rows = self.block_rows.view(torch.int32)
+        step = max(1, _COPY_BYTES // rows[0].nbytes)
         source = to_device(copies.source.astype(np.int64), rows.device)
         target = to_device(copies.target.astype(np.int64), rows.device)
         for start in range(0, len(source), step):

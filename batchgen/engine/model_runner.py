@@ -30,6 +30,7 @@ from batchgen.engine.step_plan import (
     DecodePlan,
     NewSequences,
     PrefillPlan,
+    SlotCopies,
     StepPlan,
 )
 from batchgen.engine.swap import SwapSpace
@@ -66,7 +67,9 @@ class ModelRunner:
         max_num_seqs: int,
         decode_window: int,
         use_graphs: bool,
+        has_prefixes: bool,
     ) -> None:
+        """`has_prefixes`: decode steps may read shared prefixes apart."""
         self.state = state
         self._decoder = decoder
         self._ops = ops
@@ -84,6 +87,7 @@ class ModelRunner:
             self._graphs = StepGraphs(
                 lambda size, max_groups: self._decode_step(self._rows_B[:size], max_groups),
                 max_num_seqs,
+                has_prefixes=has_prefixes,
             )
 
     @torch.inference_mode()
@@ -202,5 +206,7 @@ def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> Pref
             ignore_eos=empty.astype(np.bool_),
             prompts=(),
         ),
-        slot_copies=None,
+        slot_copies=SlotCopies(
+            source=np.zeros(1, dtype=np.int64), target=np.ones(1, dtype=np.int64)
+        ),
     )

@@ -42,7 +42,7 @@ def find_groups(
     they are full and never written again. min_saving: blocks whose reading a step has to save.
     """
     common = _common_with_next(tables_BX, num_full_B)
-    if len(common) == 0 or not common.any():
+    if common.sum() < max(min_saving, 1):  # no groups save more than neighbours have in common
         return None
     groups = sorted(_best_groups(common), key=lambda group: group.saving)[-MAX_GROUPS:]
     if sum(group.saving for group in groups) < min_saving:

@@ -100,7 +100,6 @@ class Room:
         self._swapped_in_now.add(row)
 
     def _push_out(self, row: int) -> None:
-        self._tail.forget()
         self._counters.swapped_out_blocks += self._kv.swap_out(row)
         self._table.state_R[row] = State.SWAPPED
 
@@ -118,7 +117,7 @@ class Room:
         for row in self._table.live_rows(State.DECODE)[::-1].tolist():
             if self._kv.gpu.num_free >= needed:
                 break
-            if self._kv.can_swap_out(row):
+            if row not in self._swapped_in_now and self._kv.can_swap_out(row):
                 self._push_out(row)
         assert self._kv.gpu.num_free >= self._kv.swapped_blocks(oldest), "the KV is deadlocked"
         self._bring_in(oldest)

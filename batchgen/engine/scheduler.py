@@ -164,7 +164,7 @@ class Scheduler:
         rows, target, growth = rows[runs], target[runs], growth[runs]
         if len(rows) == 0:
             return None
-        groups = self._prefix_groups(rows)
+        groups = self._prefix_groups(rows, num_steps)
         self.counters.copied_blocks += self.kv.copy_on_write(rows, self.table.kv_len_R[rows])
         grows = growth > 0
         self.kv.grow(rows[grows].astype(np.int32), growth[grows])
@@ -173,8 +173,8 @@ class Scheduler:
         self._sample_kv(float((grown - 1).sum()) / 2)
         return DecodePlan(rows=rows.astype(np.int32), num_steps=num_steps, groups=groups)
 
-    def _prefix_groups(self, rows: NDArray[np.intp]) -> PrefixGroups | None:
-        """Rows whose shared prefix is read once, where that pays."""
+    def _prefix_groups(self, rows: NDArray[np.intp], num_steps: int) -> PrefixGroups | None:
+        """Rows whose shared prefix is read once in each of the steps, where that pays."""
         min_saving = self.config.min_prefix_saving
         if min_saving is None or not self.table.cached_len_R[rows].any():
             return None
@@ -183,7 +183,7 @@ class Scheduler:
         if groups is not None:
             sizes = np.diff(groups.cu_members)
             saved = sum((n - 1) * len(b) for n, b in zip(sizes, groups.blocks, strict=True))
-            self.counters.prefix_blocks_saved += int(saved)
+            self.counters.prefix_blocks_saved += num_steps * int(saved)
         return groups
 
     def _sample_kv(self, not_yet_written: float) -> None:

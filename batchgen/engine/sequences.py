@@ -113,7 +113,7 @@ class SchedulerCounters:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     stalled: int = 0
-    prefix_blocks_saved: int = 0  # not read in a decode step, because a group's prefix is read once
+    prefix_blocks_saved: int = 0  # not read by decode steps, because a group's prefix is read once
     copied_blocks: int = 0  # on write
     saved_blocks: int = 0  # that the rows would hold more if they shared none: now
     peak_saved_blocks: int = 0

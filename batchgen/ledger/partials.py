@@ -2,7 +2,7 @@
 
 A file holds the rows of one flush, of any units:
 
-    "BGPART1\\n" | sha256 of all that follows | length of the head | head | Arrow IPC stream
+    "BGPART2\\n" | sha256 of all that follows | length of the head | head | Arrow IPC stream
 
 The head is JSON: the job, failures, skips, and the keys and counts of the output rows. The values
 of the output rows are a record batch of the output schema, so that they come back as the types
@@ -26,7 +26,7 @@ from batchgen.ledger.files import damaged, full_name, list_partials, parse_json,
 from batchgen.ledger.plan import StoredJob, decode_schema
 from batchgen.records import OutputRow, RowFailure, RowKey, RowResult, RowSkip
 
-_MAGIC = b"BGPART1\n"
+_MAGIC = b"BGPART2\n"
 _HASH_BYTES = hashlib.sha256().digest_size
 _LENGTH_BYTES = 8
 

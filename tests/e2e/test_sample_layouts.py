@@ -66,6 +66,21 @@ def test_every_sample_of_every_row_in_order(
     assert f"| rows in this dataset | {len(expected)} |" in card
 
 
+@pytest.mark.parametrize("index", [77, "first"])
+def test_a_kept_column_named_sample_index_is_kept(
+    tmp_path: Path, tiny_model: Path, index: object
+) -> None:
+    """As in the output of an earlier job: without meta nothing else has that name."""
+    rows = [row | {"sample_index": index} for row in make_rows(4)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    columns = {"keep": ["id", "sample_index"], "meta": False}
+    output = {"uri": str(tmp_path / "out"), "n_layout": "explode", "columns": columns}
+    job = write_job(tmp_path, tiny_model, sampling=SAMPLING, output=output)
+    run_job(load_job(job), make_engine=lambda *_: StandInEngine())
+    found = read_output(tmp_path / "out", "arrow")
+    assert [row["sample_index"] for row in found] == [index] * 4 * NUM_SAMPLES
+
+
 class PreemptedEngine(StandInEngine):
     """Ends the run after a few batches."""
 

@@ -182,7 +182,7 @@ def test_every_truncation_and_every_changed_byte_is_noticed():
 @given(st.binary(max_size=300), st.booleans())
 def test_random_bytes_are_no_partial(data, has_magic):
     with pytest.raises(BatchgenError, match=r"^where is damaged"):
-        decode_partial(b"BGPART1\n" * has_magic + data, make_job(), "where")
+        decode_partial(b"BGPART2\n" * has_magic + data, make_job(), "where")
 
 
 def test_partials_of_several_units_are_merged_without_doubles(tmp_path):
