@@ -169,8 +169,7 @@ class EngineStats:
     blocks_used: int = 0
     kv_waste: float = 0.0  # mean over the run: 1 - tokens stored / slots allocated
     kv_saved: float = 0.0  # mean over the run: 1 - blocks held / held if rows shared none
-    saved_blocks: int = 0  # by sharing, at the last decode step
-    peak_saved_blocks: int = 0
+    peak_saved_blocks: int = 0  # by sharing
     copied_blocks: int = 0  # shared ones, copied for a row to write on
     prefix_blocks_saved: int = 0  # not read by decode steps: a group's shared prefix is read once
     swapped_out_blocks: int = 0

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -406,6 +407,17 @@ def merge_attention(
 NAN_TOKEN = -2
 
 
+class SlotTable(Protocol):
+    """What a decode step reads and writes of the sequences, a row each."""
+
+    block_table_RX: Tensor  # int32
+    kv_lens_R: Tensor  # int32, tokens with KV
+    last_tokens_R: Tensor  # int64, the newest, without KV yet
+    active_R: Tensor  # bool, not ended
+    stop_lens_R: Tensor  # int32, prompt and output together
+    ignore_eos_R: Tensor  # bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotInputs:
     """What a decode step needs to know of its slots. An inactive one has seq_len 0 and slot -1."""
@@ -430,22 +442,19 @@ def copy_slots(
 
 def read_slots(
     rows_B: Tensor,
-    block_table_RX: Tensor,
-    kv_lens_R: Tensor,
-    active_R: Tensor,
-    last_tokens_R: Tensor,
+    table: SlotTable,
     prefix_lens_B: Tensor | None,
     *,
     block_size: int,
 ) -> SlotInputs:
     """See slots.read_slots."""
-    active_B = active_R[rows_B]
-    positions_B = kv_lens_R[rows_B]
+    active_B = table.active_R[rows_B]
+    positions_B = table.kv_lens_R[rows_B]
     # A finished row may stand one past its last block; its slot is masked.
-    columns_B = (positions_B // block_size).clamp(max=block_table_RX.shape[1] - 1).long()
-    slots_B = block_table_RX[rows_B, columns_B].long() * block_size + positions_B % block_size
+    columns_B = (positions_B // block_size).clamp(max=table.block_table_RX.shape[1] - 1).long()
+    slots_B = table.block_table_RX[rows_B, columns_B].long() * block_size + positions_B % block_size
     return SlotInputs(
-        token_ids_B=last_tokens_R[rows_B],
+        token_ids_B=table.last_tokens_R[rows_B],
         row_ids_B=rows_B.to(torch.int32),
         positions_B=positions_B,
         slot_mapping_B=torch.where(active_B, slots_B, -1),
@@ -461,21 +470,16 @@ def advance_slots(
     logits_BV: Tensor,
     eos_E: Tensor,
     stops_E: Tensor,
-    *,
-    kv_lens_R: Tensor,
-    last_tokens_R: Tensor,
-    active_R: Tensor,
-    stop_lens_R: Tensor,
-    ignore_eos_R: Tensor,
+    table: SlotTable,
 ) -> Tensor:
     """See slots.advance_slots."""
-    active_B = active_R[rows_B]
-    ends_B = seq_lens_B + 1 >= stop_lens_R[rows_B]
-    ends_B |= (sampled_B[:, None] == eos_E).any(dim=1) & ~ignore_eos_R[rows_B]
+    active_B = table.active_R[rows_B]
+    ends_B = seq_lens_B + 1 >= table.stop_lens_R[rows_B]
+    ends_B |= (sampled_B[:, None] == eos_E).any(dim=1) & ~table.ignore_eos_R[rows_B]
     ends_B |= (sampled_B[:, None] == stops_E).any(dim=1)
     moved_B = rows_B[active_B]
-    kv_lens_R[moved_B] = seq_lens_B[active_B]
-    last_tokens_R[moved_B] = sampled_B[active_B]
-    active_R[moved_B] = ~ends_B[active_B]
+    table.kv_lens_R[moved_B] = seq_lens_B[active_B]
+    table.last_tokens_R[moved_B] = sampled_B[active_B]
+    table.active_R[moved_B] = ~ends_B[active_B]
     tokens_B = torch.where(logits_BV[:, 0].isnan(), NAN_TOKEN, sampled_B)
     return torch.where(active_B, tokens_B, -1).to(torch.int32)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchgen.kernels.reference import NAN_TOKEN, SlotInputs
+from batchgen.kernels.reference import NAN_TOKEN, SlotInputs, SlotTable
 
 _BLOCK = 128
 
@@ -56,12 +56,17 @@ def _read_slots_kernel(
         tl.store(kv_starts_ptr + batch, prefix_lens, mask=mask)
 
 
+def _check_table(table: SlotTable) -> None:
+    lengths = table.kv_lens_R, table.stop_lens_R
+    assert all(t.dtype == torch.int32 for t in (table.block_table_RX, *lengths)), "not int32"
+    assert table.last_tokens_R.dtype == torch.int64, "tokens must be int64"
+    assert table.active_R.dtype == table.ignore_eos_R.dtype == torch.bool, "flags must be bool"
+    assert table.block_table_RX.stride(1) == 1, "rows of the block table must be contiguous"
+
+
 def read_slots(
     rows_B: Tensor,
-    block_table_RX: Tensor,
-    kv_lens_R: Tensor,
-    active_R: Tensor,
-    last_tokens_R: Tensor,
+    table: SlotTable,
     prefix_lens_B: Tensor | None,
     *,
     block_size: int,
@@ -72,11 +77,9 @@ def read_slots(
     """
     size = len(rows_B)
     device = rows_B.device
-    assert rows_B.dtype == last_tokens_R.dtype == torch.int64, "rows and tokens must be int64"
-    assert block_table_RX.dtype == kv_lens_R.dtype == torch.int32, "blocks, lengths must be int32"
-    assert active_R.dtype == torch.bool, "active must be bool"
+    assert rows_B.dtype == torch.int64, "rows must be int64"
+    _check_table(table)
     assert prefix_lens_B is None or prefix_lens_B.shape == rows_B.shape, "one prefix length a row"
-    assert block_table_RX.stride(1) == 1, "rows of the block table must be contiguous"
     inputs = SlotInputs(
         token_ids_B=torch.empty(size, dtype=torch.int64, device=device),
         row_ids_B=torch.empty(size, dtype=torch.int32, device=device),
@@ -89,10 +92,10 @@ def read_slots(
     )
     _read_slots_kernel[(triton.cdiv(size, _BLOCK),)](
         rows_B,
-        block_table_RX,
-        kv_lens_R,
-        active_R,
-        last_tokens_R,
+        table.block_table_RX,
+        table.kv_lens_R,
+        table.active_R,
+        table.last_tokens_R,
         prefix_lens_B,
         inputs.token_ids_B,
         inputs.row_ids_B,
@@ -101,7 +104,7 @@ def read_slots(
         inputs.seq_lens_B,
         inputs.kv_starts_B,
         size,
-        block_table_RX.stride(0),
+        table.block_table_RX.stride(0),
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
     )
@@ -156,12 +159,7 @@ def advance_slots(
     logits_BV: Tensor,
     eos_E: Tensor,
     stops_E: Tensor,
-    *,
-    kv_lens_R: Tensor,
-    last_tokens_R: Tensor,
-    active_R: Tensor,
-    stop_lens_R: Tensor,
-    ignore_eos_R: Tensor,
+    table: SlotTable,
 ) -> Tensor:
     """Moves active slots on by the token that was sampled; ends those that end. Returns int32 [B].
 
@@ -171,9 +169,9 @@ def advance_slots(
     in a hidden state makes all of its logits so. An active slot occurs once in rows_B.
     """
     size = len(rows_B)
-    assert rows_B.dtype == sampled_B.dtype == last_tokens_R.dtype == torch.int64, "int64 expected"
-    assert seq_lens_B.dtype == kv_lens_R.dtype == stop_lens_R.dtype == torch.int32, "not int32"
-    assert active_R.dtype == ignore_eos_R.dtype == torch.bool, "bool expected"
+    assert rows_B.dtype == sampled_B.dtype == torch.int64, "rows and tokens must be int64"
+    assert seq_lens_B.dtype == torch.int32, "lengths must be int32"
+    _check_table(table)
     assert eos_E.dtype == stops_E.dtype == torch.int64, "token ids must be int64"
     out_B = torch.empty(size, dtype=torch.int32, device=rows_B.device)
     if size == 0:
@@ -185,11 +183,11 @@ def advance_slots(
         logits_BV,
         eos_E,
         stops_E,
-        kv_lens_R,
-        last_tokens_R,
-        active_R,
-        stop_lens_R,
-        ignore_eos_R,
+        table.kv_lens_R,
+        table.last_tokens_R,
+        table.active_R,
+        table.stop_lens_R,
+        table.ignore_eos_R,
         out_B,
         size,
         len(eos_E),

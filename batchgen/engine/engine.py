@@ -168,7 +168,6 @@ class Engine:
             blocks_used=scheduler.kv.gpu.num_used,
             kv_waste=counters.waste_sum / max(counters.waste_samples, 1),
             kv_saved=counters.saved_sum / max(counters.waste_samples, 1),
-            saved_blocks=counters.saved_blocks,
             peak_saved_blocks=counters.peak_saved_blocks,
             copied_blocks=counters.copied_blocks,
             prefix_blocks_saved=counters.prefix_blocks_saved,

@@ -186,10 +186,7 @@ def decode_batch(
     size = len(rows_B)
     inputs = read_slots(
         rows_B,
-        state.block_table_RX,
-        state.kv_lens_R,
-        state.active_R,
-        state.last_tokens_R,
+        state,
         prefixes.lens_B[:size] if max_groups else None,
         block_size=block_size,
     )

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from batchgen.engine.inputs import StepBatch
-from batchgen.kernels.reference import SlotInputs
+from batchgen.kernels.reference import SlotInputs, SlotTable
 from batchgen.models.ops import Ops
 
 
@@ -50,12 +50,7 @@ class SamplingOps(Protocol):
         logits_BV: Tensor,
         eos_E: Tensor,
         stops_E: Tensor,
-        *,
-        kv_lens_R: Tensor,
-        last_tokens_R: Tensor,
-        active_R: Tensor,
-        stop_lens_R: Tensor,
-        ignore_eos_R: Tensor,
+        table: SlotTable,
     ) -> Tensor:
         """See kernels.slots.advance_slots."""
         ...
@@ -67,10 +62,7 @@ class EngineOps(Ops[StepBatch], SamplingOps, Protocol):
     def read_slots(
         self,
         rows_B: Tensor,
-        block_table_RX: Tensor,
-        kv_lens_R: Tensor,
-        active_R: Tensor,
-        last_tokens_R: Tensor,
+        table: SlotTable,
         prefix_lens_B: Tensor | None,
         *,
         block_size: int,

@@ -101,11 +101,7 @@ class Sampler:
             logits_BV,
             self._eos_E,
             self._stop_E,
-            kv_lens_R=state.kv_lens_R,
-            last_tokens_R=state.last_tokens_R,
-            active_R=state.active_R,
-            stop_lens_R=state.stop_lens_R,
-            ignore_eos_R=state.ignore_eos_R,
+            state,
         )
 
 

@@ -198,7 +198,6 @@ class Scheduler:
         self.counters.waste_sum += unused / (self.kv.gpu.num_used * self.config.block_size)
         self.counters.waste_samples += 1
         saved = self.kv.saved_blocks()
-        self.counters.saved_blocks = saved
         self.counters.peak_saved_blocks = max(self.counters.peak_saved_blocks, saved)
         self.counters.saved_sum += saved / int(self.kv.num_blocks_R.sum())
 

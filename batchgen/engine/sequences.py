@@ -115,8 +115,7 @@ class SchedulerCounters:
     stalled: int = 0
     prefix_blocks_saved: int = 0  # not read by decode steps, because a group's prefix is read once
     copied_blocks: int = 0  # on write
-    saved_blocks: int = 0  # that the rows would hold more if they shared none: now
-    peak_saved_blocks: int = 0
+    peak_saved_blocks: int = 0  # that the rows would hold more if they shared none
     saved_sum: float = 0.0  # of all blocks that they would hold; as many samples as of the waste
     waste_sum: float = 0.0
     waste_samples: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,9 +61,8 @@ def test_read_slots(device: str, count: int, prefix_len: int | None) -> None:
         prefix = torch.arange(len(rows), device=device).int() % 3 * prefix_len
 
     def read(read_slots: Callable[..., reference.SlotInputs]) -> dict[str, Tensor | None]:
-        names = ("block_table_RX", "kv_lens_R", "active_R", "last_tokens_R")
-        tensors = [state[name] for name in names]
-        return dataclasses.asdict(read_slots(rows, *tensors, prefix, block_size=BLOCK_SIZE))
+        table = SimpleNamespace(**state)
+        return dataclasses.asdict(read_slots(rows, table, prefix, block_size=BLOCK_SIZE))
 
     got, expected = read(slots.read_slots), read(reference.read_slots)
     for name, tensor in expected.items():
@@ -75,9 +75,8 @@ def test_read_slots(device: str, count: int, prefix_len: int | None) -> None:
 
 
 def advance(module: object, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    names = ("kv_lens_R", "last_tokens_R", "active_R", "stop_lens_R", "ignore_eos_R")
     function = module.advance_slots  # type: ignore[attr-defined]
-    result: Tensor = function(*inputs, **{name: state[name] for name in names})
+    result: Tensor = function(*inputs, SimpleNamespace(**state))
     return result
 
 
