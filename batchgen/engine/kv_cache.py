@@ -8,6 +8,10 @@ block that several rows hold is full or is not written: the row that would write
 Every block is in one pool. What a swapped row shares with a row on the device stays there; the
 rest, and what only swapped rows hold, can move to the host, for all of its holders at once. So
 swapping takes on the host what it frees on the device, whoever shares what.
+
+Copies between the pools run beside the step that they are planned with: a block that leaves is held
+until the next step, and a row that comes back runs with the next one. Where blocks that leave are
+wanted at once, the step waits for the copies (`take_wait`).
 Source: copy-on-write of partly filled blocks, vLLM's PagedAttention (SOSP 2023).
 
 Legend: R rows, X blocks of the longest sequence, P blocks of the device's pool.
@@ -75,6 +79,9 @@ class KVCache:
         self._updates: list[tuple[Int32, Int32, Int32]] = []
         self._copies_out: list[tuple[Blocks, Blocks]] = []
         self._copies_in: list[tuple[Blocks, Blocks]] = []
+        self._leaving: list[Blocks] = []  # device blocks that copies of the next plan read
+        self._departed: list[Blocks] = []  # those that the last plan's copies read
+        self._waits_for_copies = False
         self._leaving_host: list[Blocks] = []  # read by this step's copies, free after it
         self._kept: set[int] = set()  # blocks that are held beside the rows
 
@@ -82,6 +89,25 @@ class KVCache:
     def can_swap(self) -> bool:
         """Whether the host has room for a sequence of any length."""
         return self.cpu.num_blocks >= self.table_RX.shape[1]
+
+    @property
+    def num_free(self) -> int:
+        """Device blocks that can be had, at worst by waiting for copies to the host."""
+        return self.gpu.num_free + sum(len(blocks) for blocks in self._leaving)
+
+    def begin_step(self) -> None:
+        """The last plan was launched: what its copies read is free after them."""
+        for blocks in self._departed:
+            self.gpu.release(blocks)
+        self._departed = []
+
+    def _allocate(self, count: int) -> Blocks:
+        if count > self.gpu.num_free:
+            for blocks in self._leaving:
+                self.gpu.release(blocks)
+            self._leaving = []
+            self._waits_for_copies = True
+        return self.gpu.allocate(count)
 
     def blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -97,7 +123,7 @@ class KVCache:
     def admit(self, row: int, num_tokens: int, cached: Blocks) -> None:
         """Gives `row` its cached prefix and fresh blocks for the rest of `num_tokens`."""
         self.gpu.share(cached)
-        fresh = self.gpu.allocate(self.blocks_of(num_tokens) - len(cached))
+        fresh = self._allocate(self.blocks_of(num_tokens) - len(cached))
         self._set_row(row, np.concatenate([cached, fresh]))
 
     def register(self, row: int, hashes: Sequence[bytes], first: int, last: int) -> None:
@@ -107,7 +133,7 @@ class KVCache:
 
     def grow(self, rows: Int32, counts: NDArray[np.int64]) -> None:
         """Appends `counts[i]` fresh blocks to `rows[i]`."""
-        fresh = self.gpu.allocate(int(counts.sum()))
+        fresh = self._allocate(int(counts.sum()))
         owners = np.repeat(rows, counts)
         offsets = np.arange(len(fresh)) - np.repeat(np.cumsum(counts) - counts, counts)
         columns = (self.num_blocks_R[owners] + offsets).astype(np.int32)
@@ -146,7 +172,7 @@ class KVCache:
         owners, columns, blocks = owners[is_copied], columns[is_copied], blocks[is_copied]
         if len(owners) == 0:
             return 0
-        fresh = self.gpu.allocate(len(owners))
+        fresh = self._allocate(len(owners))
         self.gpu.unshare(blocks)
         self.table_RX[owners, columns] = fresh
         self._updates.append((owners, columns, fresh))
@@ -155,8 +181,9 @@ class KVCache:
 
     def saved_blocks(self) -> int:
         """How many blocks more the rows on the device would hold if they shared none."""
-        others = len(self._idle_blocks()) + sum(self.gpu.ref_count[b] == 1 for b in self._kept)
-        return int(self.num_blocks_R.sum()) - (self.gpu.num_used - int(others))
+        held = [self._idle_blocks(), *self._leaving, np.array(sorted(self._kept), dtype=np.int32)]
+        others = len(held[0]) + sum(int((self.gpu.ref_count[b] == 1).sum()) for b in held[1:])
+        return int(self.num_blocks_R.sum()) - (self.gpu.num_used - others)
 
     def keep(self, block: int) -> None:
         """Holds a block that a row holds, too, and goes on when the row gives it back."""
@@ -226,7 +253,7 @@ class KVCache:
         cached = self.cached_blocks(hashes)
         known = cached[places[places < len(cached)]]
         self.gpu.share(known)
-        fresh = self.gpu.allocate(len(places) - len(known))
+        fresh = self._allocate(len(places) - len(known))
         blocks = np.concatenate([known, fresh])
         self._copies_in.append((host[len(known) :], fresh))
         is_own = bool((self.cpu.ref_count[host] == 1).all())
@@ -252,6 +279,8 @@ class KVCache:
             return
         host = self.cpu.allocate(len(blocks))
         self._copies_out.append((blocks, host))
+        self.gpu.share(blocks)
+        self._leaving.append(blocks)
         self._rehome(blocks, host, rows, to_host=True)
         self.cpu.release(host)  # each holder has a reference of its own by now
 
@@ -278,7 +307,13 @@ class KVCache:
         copies, self._copies = self._copies, []
         return _join_copies(copies)
 
+    def take_wait(self) -> bool:
+        """Whether the step uses blocks that its own copies to the host free."""
+        waits, self._waits_for_copies = self._waits_for_copies, False
+        return waits
+
     def take_swap_out(self) -> BlockCopies | None:
+        self._departed, self._leaving = self._leaving, []
         copies, self._copies_out = self._copies_out, []
         return _join_copies(copies)
 
@@ -304,7 +339,7 @@ class KVCache:
         """Asserts that both pools agree with the table and with the swapped sequences."""
         swapped = self._swapped.values()
         left_behind = [held.blocks[~held.on_host] for held in swapped]
-        kept = [np.array([block]) for block in self._kept]
+        kept = [*(np.array([block]) for block in self._kept), *self._leaving, *self._departed]
         rows = np.flatnonzero(self.num_blocks_R)
         on_device = [self._row_blocks(int(row)) for row in rows]
         self.gpu.check_integrity([*on_device, *left_behind, *kept])

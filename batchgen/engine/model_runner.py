@@ -106,7 +106,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepResult:
         """Queues the step's copies and work on the device, in the order that StepPlan says."""
-        self._swap.run(plan.swap_out, plan.swap_in)
+        self._swap.run(plan.swap_out, plan.swap_in, is_awaited=plan.waits_for_swaps)
         if plan.copies is not None:
             self._memory.copy(plan.copies)
         if plan.table is not None:

@@ -91,12 +91,18 @@ class DecodePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One launch. Order on the device: swap out, swap in, copies, table updates, then the work."""
+    """One launch. Order on the device: copies, table updates, then the work.
+
+    What is swapped out was last written by the step before. Swaps run beside the work, out before
+    in: it touches none of their blocks, but that of the next plan may. With `waits_for_swaps` they
+    run before the copies.
+    """
 
     sequence_ids: Int64  # [B] of the rows that yield tokens: the occupants when planned
     rows: Int32  # [B] those rows
     swap_out: BlockCopies | None
     swap_in: BlockCopies | None
+    waits_for_swaps: bool
     copies: BlockCopies | None  # within the device: blocks that a row is about to write alone
     table: BlockTableUpdates | None
     prefill: PrefillPlan | None
