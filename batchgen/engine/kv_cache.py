@@ -20,6 +20,7 @@ Legend: R rows, X blocks of the longest sequence, P blocks of the device's pool.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ class KVCache:
         self.table_RX = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int32)  # held on the device
         self._swapped: dict[int, _SwappedRow] = {}
+        # Swapped rows, by blocks that are not theirs alone: whether on the host, and the number.
+        self._sharers: dict[tuple[bool, int], set[int]] = {}
         self._swapped_holders_P = np.zeros(gpu_blocks, dtype=np.int32)  # of the references
         self._copies: list[tuple[Blocks, Blocks]] = []
         self._updates: list[tuple[Int32, Int32, Int32]] = []
@@ -199,6 +202,7 @@ class KVCache:
         """Gives back all that `row` holds, wherever it is."""
         held = self._swapped.pop(row, None)
         if held is not None:
+            self._forget_sharer(row, held)
             on_device = held.blocks[~held.on_host]
             self._swapped_holders_P[on_device] -= 1
             self.gpu.release(on_device)
@@ -222,10 +226,10 @@ class KVCache:
         self.num_blocks_R[row] = 0
         self._swapped[row] = _SwappedRow(blocks, np.zeros(len(blocks), dtype=np.bool_))
         self._swapped_holders_P[blocks] += 1
-        holders = self._swapped_holders_P[blocks]
-        is_idle = self.gpu.ref_count[blocks] == holders
-        is_own = bool((holders[is_idle] == 1).all())
-        self._move_out(blocks[is_idle], [row] if is_own else list(self._swapped))
+        for block in blocks[self.gpu.ref_count[blocks] > 1].tolist():
+            self._sharers.setdefault((False, block), set()).add(row)
+        is_idle = self.gpu.ref_count[blocks] == self._swapped_holders_P[blocks]
+        self._move_out(blocks[is_idle], row)
         return int(np.count_nonzero(is_idle))
 
     def swap_out_idle(self, count: int, keep: int | None = None) -> int:
@@ -235,7 +239,7 @@ class KVCache:
         if keep in self._swapped:
             idle = np.setdiff1d(idle, self._swapped[keep].blocks[~self._swapped[keep].on_host])
         idle = idle[: max(0, min(count, self.cpu.num_free))]
-        self._move_out(idle, list(self._swapped))
+        self._move_out(idle)
         return len(idle)
 
     def swapped_blocks(self, row: int) -> int:
@@ -256,11 +260,11 @@ class KVCache:
         fresh = self._allocate(len(places) - len(known))
         blocks = np.concatenate([known, fresh])
         self._copies_in.append((host[len(known) :], fresh))
-        is_own = bool((self.cpu.ref_count[host] == 1).all())
         self.cpu.share(host)  # until this step's copies have read them
         self._leaving_host.append(host)
-        self._rehome(host, blocks, [row] if is_own else list(self._swapped), to_host=False)
+        self._rehome(host, blocks, row, to_host=False)
         self.gpu.release(blocks)  # each holder has a reference of its own by now
+        self._forget_sharer(row, held)
         del self._swapped[row]
         self._swapped_holders_P[held.blocks] -= 1
         self._set_row(row, held.blocks)
@@ -273,19 +277,34 @@ class KVCache:
         held = self._swapped_holders_P
         return np.flatnonzero((held > 0) & (self.gpu.ref_count == held)).astype(np.int32)
 
-    def _move_out(self, blocks: Blocks, rows: Sequence[int]) -> None:
-        """Moves blocks to the host that none but `rows`, swapped ones, hold."""
+    def _forget_sharer(self, row: int, held: _SwappedRow) -> None:
+        for key in zip(held.on_host.tolist(), held.blocks.tolist(), strict=True):
+            sharers = self._sharers.get(key)
+            if sharers is not None:
+                sharers.discard(row)
+                if not sharers:
+                    del self._sharers[key]
+
+    def _move_out(self, blocks: Blocks, row: int | None = None) -> None:
+        """Moves blocks to the host that only swapped rows hold: one, `row`, or several."""
         if len(blocks) == 0:
             return
         host = self.cpu.allocate(len(blocks))
         self._copies_out.append((blocks, host))
         self.gpu.share(blocks)
         self._leaving.append(blocks)
-        self._rehome(blocks, host, rows, to_host=True)
+        self._rehome(blocks, host, row, to_host=True)
         self.cpu.release(host)  # each holder has a reference of its own by now
 
-    def _rehome(self, old: Blocks, new: Blocks, rows: Sequence[int], *, to_host: bool) -> None:
-        """Lets those of the swapped `rows` that hold `old[i]` hold `new[i]`, in the other pool."""
+    def _rehome(self, old: Blocks, new: Blocks, row: int | None, *, to_host: bool) -> None:
+        """Lets swapped rows, `row` and all sharers, that hold `old[i]` hold `new[i]`, in the other
+        pool."""
+        rows = set() if row is None else {row}
+        for old_block, new_block in zip(old.tolist(), new.tolist(), strict=True):
+            sharers = self._sharers.pop((not to_host, old_block), None)
+            if sharers is not None:
+                self._sharers[to_host, new_block] = sharers
+                rows |= sharers
         order = np.argsort(old)
         old, new = old[order], new[order]
         for held in (self._swapped[row] for row in rows):
@@ -348,6 +367,17 @@ class KVCache:
         for blocks in left_behind:
             holders_P[blocks] += 1
         assert np.array_equal(holders_P, self._swapped_holders_P), "swapped holders are miscounted"
+        self._check_sharers()
+
+    def _check_sharers(self) -> None:
+        holders: defaultdict[tuple[bool, int], set[int]] = defaultdict(set)
+        for row, held in self._swapped.items():
+            for key in zip(held.on_host.tolist(), held.blocks.tolist(), strict=True):
+                holders[key].add(row)
+        for key, rows in holders.items():
+            assert len(rows) == 1 or self._sharers.get(key) == rows, "a sharer is not known"
+        for key, rows in self._sharers.items():
+            assert rows <= holders[key], "a sharer holds the block no more"
 
     def _row_blocks(self, row: int) -> Blocks:
         return self.table_RX[row, : self.num_blocks_R[row]].copy()
