@@ -25,7 +25,7 @@ BOX_DIMS = gl.constexpr(64)  # 128 bytes, the widest swizzle
 # An item's record in shared memory.
 _NUM_TOKENS = gl.constexpr(0)  # 0: no more items
 _FIRST_TOKEN = gl.constexpr(1)
-_FIRST_POSITION = gl.constexpr(2)
+_FIRST_POSITION = gl.constexpr(2)  # counted, as seq_len is, from the first KV token that is read
 _KV_HEAD = gl.constexpr(3)
 _SEQ_LEN = gl.constexpr(4)
 RECORD_SIZE = gl.constexpr(5)
@@ -78,13 +78,18 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _find_item(ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
+def _find_item(
+    ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr
+):
     """The item of a ticket, or of the next one that has query tokens; 0 tokens: none is left.
 
     Also takes the ticket after it. A sequence's tiles are found as attention.find_row does, from
-    the last to the first: those at the end of a sequence have the most work.
+    the last to the first: those at the end of a sequence have the most work. Without a causal mask
+    a sequence may have no KV, and its tiles are left out; the position is that of the first token
+    if the last one stood at the end of the KV.
     """
-    cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, counter_ptr, num_rows, num_items = rows
+    cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, kv_starts_ptr, tickets = rows
+    counter_ptr, num_rows, num_items = tickets
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     num_tokens = 0
     token = 0
@@ -92,6 +97,7 @@ def _find_item(ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
     kv_head = 0
     seq_len = 0
     slot = 0
+    kv_start = 0
     while (num_tokens == 0) & (ticket < num_items):
         tile = (num_items - 1 - ticket) // KV_HEADS
         kv_head = ticket % KV_HEADS
@@ -105,12 +111,18 @@ def _find_item(ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
         query_len = gl.load(cu_seqlens_q_ptr + row + 1).to(gl.int32) - query_start
         seq_len = gl.load(seq_lens_ptr + row).to(gl.int32)
         slot = gl.load(slot_ids_ptr + row).to(gl.int32)
+        if kv_starts_ptr is not None:
+            kv_start = gl.load(kv_starts_ptr + row).to(gl.int32)
+            seq_len -= kv_start
         first = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
         num_tokens = gl.maximum(gl.minimum(query_len - first, BLOCK_Q), 0)
         token = query_start + first
         position = seq_len - query_len + first
+        if not IS_CAUSAL:
+            num_tokens = gl.where(seq_len > 0, num_tokens, 0)
+            position = seq_len - num_tokens
         ticket = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    return ticket, num_tokens, token, position, kv_head, seq_len, slot
+    return ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start
 
 
 @gluon.jit
@@ -136,7 +148,17 @@ def _load_tile(cache, boxes, stage, full, lines, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl.constexpr):
+def load_items(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    rows,
+    buffers,
+    barriers,
+    KV_HEADS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
     """The loading warp: queries and KV of one item after the other."""
     q_smem, k_smem, v_smem, record_E1 = buffers
     q_full, q_empty, k_full, v_full, kv_empty = barriers
@@ -156,11 +178,11 @@ def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl
     stage = 0
     phase = 1
     count = 0
-    ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-        gl.program_id(0), rows, KV_HEADS, BLOCK_Q
+    ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start = _find_item(
+        gl.program_id(0), rows, KV_HEADS, BLOCK_Q, IS_CAUSAL
     )
     while num_tokens > 0:
-        slot_ptr = table_ptr + slot.to(gl.int64) * table_stride
+        slot_ptr = table_ptr + slot.to(gl.int64) * table_stride + kv_start // PAGE
         last_page = (seq_len - 1) // PAGE
         first_line = kv_head * PAGE
         lines = _load_lines(slot_ptr, 0, last_page, block_lines, first_line, PAGES)
@@ -189,8 +211,8 @@ def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl
             stage, phase = advance(stage, phase, STAGES)
             # The next item is looked up while the warp groups have tiles in stock.
             if j == gl.minimum(num_kv, STAGES) - 1:
-                ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-                    ticket, rows, KV_HEADS, BLOCK_Q
+                ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start = _find_item(
+                    ticket, rows, KV_HEADS, BLOCK_Q, IS_CAUSAL
                 )
     mbarrier.wait(q_empty, (count & 1) ^ 1)
     _write_entry(record_E1, _NUM_TOKENS, 0)
