@@ -38,14 +38,7 @@ from batchgen.kernels.attention import (
     find_row,
     finish,
 )
-from batchgen.kernels.tuning import FP32_PREFILL, TileShape, by_head, tuning_for
-
-
-def tile_shape(dtype: torch.dtype, head_padded: int, device: torch.device) -> TileShape:
-    """Launch parameters, by dtype, padded head size and GPU."""
-    if dtype == torch.float32:
-        return FP32_PREFILL
-    return by_head(tuning_for(device).prefill, head_padded)
+from batchgen.kernels.tuning import prefill_tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -251,7 +244,7 @@ def paged_prefill(
         return out_TNH if lse_TN is None else (out_TNH, lse_TN)
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_TNH.dtype, head_padded, q_TNH.device)
+    shape = prefill_tile(q_TNH.dtype, head_size, q_TNH.device)
     assert group <= shape.block_m, f"{group} query heads a kv head do not fit into a tile"
     block_q = shape.block_m // group
     _paged_prefill_kernel[(num_kv_heads, num_tokens // block_q + num_rows)](

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from batchgen.engine import prefill_groups
 from batchgen.engine.config import SamplingOptions
 from batchgen.records import Prompt
 from tests.parity.test_engine import complete, engine_for, greedy, prompts_for
@@ -94,7 +95,10 @@ def test_the_cpu_and_the_gpu_sample_the_same_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_groups", [1, 5])
-def test_shared_prefixes_are_read_once_and_change_no_token(tmp_path: Path, num_groups: int) -> None:
+def test_shared_prefixes_are_read_once_and_change_no_token(
+    tmp_path: Path, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 0)
     model = save_tiny_model("qwen3", tmp_path).to("cuda")
     prompts = [
         dataclasses.replace(
@@ -106,5 +110,6 @@ def test_shared_prefixes_are_read_once_and_change_no_token(tmp_path: Path, num_g
     engine = engine_for(tmp_path, device="cuda", max_num_seqs=24, min_prefix_saving_bytes=1)
     completions = complete(engine, prompts)
     assert engine.stats().prefix_blocks_saved > 0
+    assert engine.stats().prefill_blocks_saved > 0
     for prompt in prompts:
         assert list(completions[prompt.key.index].token_ids) == greedy(model, prompt)
