@@ -29,6 +29,7 @@ _FIRST_POSITION = gl.constexpr(2)  # counted, as seq_len is, from the first KV t
 _KV_HEAD = gl.constexpr(3)
 _SEQ_LEN = gl.constexpr(4)
 RECORD_SIZE = gl.constexpr(5)
+_ROWS_AT_ONCE = gl.constexpr(128)
 # Gluon renamed these after Triton 3.6.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _async_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -78,6 +79,20 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _last_row(cu_seqlens_q_ptr, tile, first, end, STRIDE: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """Of the rows first, first + STRIDE, ... before `end`, the index of the last one whose tiles
+    begin with this one or before."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    index = -1
+    for start in range(first, end, _ROWS_AT_ONCE * STRIDE):
+        rows_R = start + gl.arange(0, _ROWS_AT_ONCE, layout) * STRIDE
+        cu_R = gl.load(cu_seqlens_q_ptr + rows_R, mask=rows_R < end, other=0)
+        is_before_R = (cu_R // BLOCK_Q + rows_R <= tile) & (rows_R < end)
+        index += gl.sum(is_before_R.to(gl.int32), 0)
+    return index
+
+
+@gluon.jit
 def _find_item(
     ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr
 ):
@@ -90,7 +105,6 @@ def _find_item(
     """
     cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, kv_starts_ptr, tickets = rows
     counter_ptr, num_rows, num_items = tickets
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     num_tokens = 0
     token = 0
     position = 0
@@ -101,12 +115,15 @@ def _find_item(
     while (num_tokens == 0) & (ticket < num_items):
         tile = (num_items - 1 - ticket) // KV_HEADS
         kv_head = ticket % KV_HEADS
-        row = -1
-        for start in range(0, num_rows, 128):
-            rows_R = start + gl.arange(0, 128, layout)
-            cu_R = gl.load(cu_seqlens_q_ptr + rows_R, mask=rows_R < num_rows, other=0)
-            is_before_R = (cu_R // BLOCK_Q + rows_R <= tile) & (rows_R < num_rows)
-            row += gl.sum(is_before_R.to(gl.int32), 0)
+        first_row = 0
+        end_row = num_rows
+        if kv_starts_ptr is not None:
+            # With its prefix left out an item may be a single tile, and a step has thousands of
+            # them: too little work to hide a look at all rows.
+            span = _last_row(cu_seqlens_q_ptr, tile, 0, num_rows, _ROWS_AT_ONCE, BLOCK_Q)
+            first_row = span * _ROWS_AT_ONCE
+            end_row = gl.minimum(first_row + _ROWS_AT_ONCE, num_rows)
+        row = first_row + _last_row(cu_seqlens_q_ptr, tile, first_row, end_row, 1, BLOCK_Q)
         query_start = gl.load(cu_seqlens_q_ptr + row).to(gl.int32)
         query_len = gl.load(cu_seqlens_q_ptr + row + 1).to(gl.int32) - query_start
         seq_len = gl.load(seq_lens_ptr + row).to(gl.int32)
