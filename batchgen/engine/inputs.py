@@ -99,7 +99,7 @@ class PrefillBatch:
     cu_seqlens_q_B1: Tensor  # int32
     seq_lens_B: Tensor  # int32
     slot_copies: tuple[Tensor, Tensor] | None  # int64: source and target slots, see SlotCopies
-    groups: GroupedQueries | None
+    groups: GroupedQueries | None  # never on a CPU
     last: LastTokens
     query_lens: NDArray[np.int32]
     seq_lens: NDArray[np.int32]

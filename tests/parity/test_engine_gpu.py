@@ -39,8 +39,12 @@ def logit_gaps(model: PreTrainedModel, prompt: Prompt, tokens: list[int]) -> tor
     return logits.max(dim=-1).values - logits.gather(1, chosen[:, None])[:, 0]
 
 
-def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(tmp_path: Path) -> None:
+@pytest.mark.parametrize("min_prefix_saving_bytes", [None, 1])
+def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(
+    tmp_path: Path, min_prefix_saving_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every token chosen is the best of transformers' logits, or within bf16's rounding of it."""
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 0)
     model = save_tiny_model(
         "qwen3",
         tmp_path,
@@ -55,8 +59,15 @@ def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(tmp_path: Path)
         initializer_range=0.05,
     ).to("cuda")
     prompts = prompts_for(24, ignore_eos=True)
-    engine = engine_for(tmp_path, device="cuda", dtype="bfloat16", num_gpu_blocks=600)
+    engine = engine_for(
+        tmp_path,
+        device="cuda",
+        dtype="bfloat16",
+        num_gpu_blocks=600,
+        min_prefix_saving_bytes=min_prefix_saving_bytes,
+    )
     completions = complete(engine, prompts)
+    assert (engine.stats().prefill_blocks_saved > 0) == (min_prefix_saving_bytes is not None)
     gaps = torch.cat(
         [logit_gaps(model, p, list(completions[p.key.index].token_ids)) for p in prompts]
     )
