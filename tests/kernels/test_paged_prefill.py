@@ -212,7 +212,7 @@ def assert_parts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", HEAD_SHAPES[1:4], ids=str)
 def test_own_kv_alone(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
     """Starts at the first token, at a block within, and just before the chunk."""
     query_lens, seq_lens = ragged(shape)
@@ -228,7 +228,7 @@ PREFIXES = [(33, 96), (0, 50), (5, 0), (150, 64), (1, 7), (70, 131), (8, 0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", HEAD_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", HEAD_SHAPES[1:4], ids=str)
 def test_all_tokens_see_a_whole_prefix(shape: HeadShape, dtype: torch.dtype, device: str) -> None:
     """More query tokens than KV, fewer, none, and prefixes without KV."""
     query_lens, prefix_lens = zip(*PREFIXES, strict=True)
