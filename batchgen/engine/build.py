@@ -22,6 +22,7 @@ from batchgen.engine.stopping import Decode, StopStrings
 from batchgen.engine.swap import SwapSpace
 from batchgen.errors import UsageError
 from batchgen.kernels.fp8 import FP8
+from batchgen.kernels.tuning import prefill_tile
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.decoder import Decoder
 from batchgen.models.loader import dummy_weights, load_weights, resolve_dtype, weight_bytes
@@ -144,6 +145,7 @@ def build_engine(
             has_prefixes=min_prefix_saving is not None,
         )
         runner.warm_up(max_tokens)
+    tile = prefill_tile(dtype, model.head_dim, device)
     scheduler = Scheduler(
         SchedulerConfig(
             max_num_seqs=max_num_seqs,
@@ -156,6 +158,7 @@ def build_engine(
             enable_prefix_caching=options.enable_prefix_caching,
             merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
             min_prefix_saving=min_prefix_saving,
+            prefill_tile_tokens=max(1, tile.block_m * model.num_kv_heads // model.num_heads),
         )
     )
     if sampling.stop and decode is None:

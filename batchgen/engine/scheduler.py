@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from batchgen.engine.admission import Admission
 from batchgen.engine.kv_cache import KVCache
+from batchgen.engine.prefill_groups import find_chunk_groups
 from batchgen.engine.prefix_groups import find_groups
 from batchgen.engine.room import Room
 from batchgen.engine.sequence_table import SequenceTable
@@ -41,7 +42,9 @@ from batchgen.engine.sequences import (
 )
 from batchgen.engine.shared_tail import SharedTail
 from batchgen.engine.step_plan import (
+    ChunkGroups,
     DecodePlan,
+    Int32,
     NewSequences,
     PrefillPlan,
     PrefixGroups,
@@ -250,11 +253,13 @@ class Scheduler:
             admissible -= 1
         if not chunks.rows:
             return None
+        query_lens = np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32)
+        seq_lens = np.array(chunks.seq_lens, dtype=np.int32)
         return PrefillPlan(
             token_ids=np.concatenate(chunks.token_ids),
             rows=np.array(chunks.rows, dtype=np.int32),
-            query_lens=np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32),
-            seq_lens=np.array(chunks.seq_lens, dtype=np.int32),
+            query_lens=query_lens,
+            seq_lens=seq_lens,
             is_last=np.array(chunks.is_last, dtype=np.bool_),
             sample_rows=np.array([r for rows in chunks.samples for r in rows], dtype=np.int32),
             sample_of=np.array(
@@ -262,7 +267,27 @@ class Scheduler:
             ),
             new=self._new_sequences(chunks.new),
             slot_copies=self._tail.take_copies(),
+            groups=self._chunk_groups(chunks.rows, query_lens, seq_lens - query_lens),
         )
+
+    def _chunk_groups(
+        self, rows: list[int], query_lens: Int32, context_lens: Int32
+    ) -> ChunkGroups | None:
+        """Chunks whose shared prefix is read once for all their tokens, where that pays."""
+        config = self.config
+        if config.min_prefix_saving is None or not context_lens.any():
+            return None
+        groups = find_chunk_groups(
+            self.kv.table_RX[rows],
+            context_lens.astype(np.int64) // config.block_size,
+            query_lens,
+            block_size=config.block_size,
+            tile_tokens=config.prefill_tile_tokens,
+            min_saving=config.min_prefix_saving,
+        )
+        if groups is not None:
+            self.counters.prefill_blocks_saved += groups.num_blocks_saved
+        return groups
 
     def _admit(self, item: QueuedPrompt, longest: int) -> list[int]:
         """Gives the prompt's samples their rows and the first one its blocks, if they are there.

@@ -57,6 +57,16 @@ class SlotCopies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkGroups:
+    """Neighbouring chunks whose common leading blocks, all full, are read once for their tokens
+    together. Each chunk is in one group; chunks that share nothing are in one of length 0."""
+
+    cu_chunks: Int32  # [G + 1] where each group begins
+    prefix_lens: Int32  # [G] tokens
+    num_blocks_saved: int  # blocks that are not read, one for each tile of queries that did
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
     """Computes the KV of prompt chunks, packed side by side, and samples where a prompt ends."""
 
@@ -69,6 +79,7 @@ class PrefillPlan:
     sample_of: Int32  # [S] which of these prompts each belongs to: 0 is the first that ends
     new: NewSequences
     slot_copies: SlotCopies | None
+    groups: ChunkGroups | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def shared_requests(
 
 
 def bench_prefix() -> Iterator[dict[str, object]]:
-    """`translate` and `label` over longer prefixes; `apart`: read once a group by decode steps."""
+    """`translate`, `label` and shorter rows over longer prefixes; `apart`: read once a group."""
     for apart in (True, False):
         saving = EngineOptions().min_prefix_saving_bytes if apart else None
         engine = make_engine(4096 + 512, min_prefix_saving_bytes=saving)
@@ -102,10 +102,10 @@ def bench_prefix() -> Iterator[dict[str, object]]:
             for name, count, own, output in (
                 ("translate", 4096, (32, 128), (32, 128)),
                 ("label", 4096, (64, 256), (1, 1)),
+                ("short", 16384, (8, 32), (1, 1)),
             ):
-                if name == "label" and not apart:
-                    continue  # nothing decodes
                 requests = shared_requests(random.Random(prefix), count, prefix, own, output)
+                saved_before = engine.stats().prefill_blocks_saved
                 wall_s, _ = run(engine, make_prompts(requests))
                 yield {
                     "bench": "prefix",
@@ -113,6 +113,7 @@ def bench_prefix() -> Iterator[dict[str, object]]:
                     "prefix": prefix,
                     "rows": count,
                     "read_apart": apart,
+                    "prefill_blocks_saved": engine.stats().prefill_blocks_saved - saved_before,
                     "wall_s": round(wall_s, 2),
                 }
         del engine

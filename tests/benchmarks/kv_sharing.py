@@ -45,6 +45,7 @@ def run(prompts: list[Prompt], lengths: np.ndarray) -> tuple[Scheduler, float]:
             enable_prefix_caching=True,
             merge_duplicates=False,
             min_prefix_saving=None,
+            prefill_tile_tokens=64,
         )
     )
     scheduler.add(prompts)

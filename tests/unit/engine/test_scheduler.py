@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batchgen.engine import prefill_groups
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
@@ -32,6 +33,7 @@ def config(**changes: int | bool | None) -> SchedulerConfig:
         "enable_prefix_caching": True,
         "merge_duplicates": False,
         "min_prefix_saving": 1,
+        "prefill_tile_tokens": 4,
     }
     return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -249,6 +251,29 @@ def test_rows_that_share_a_prefix_are_grouped_where_that_pays() -> None:
     scheduler = Scheduler(config(max_num_batched_tokens=256, min_prefix_saving=11))
     run(scheduler, prompts, lengths)
     assert scheduler.counters.prefix_blocks_saved == 0
+
+
+def test_chunks_that_share_a_prefix_are_grouped_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The prompt that computes the prefix is no member; the others' tokens fill tiles of four."""
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 1)
+    prefixes = [[i] * 8 for i in (1, 2)]
+    prompts = [prompt(i, [*prefixes[i // 4], 100 + i, 200 + i], 2) for i in range(8)]
+    lengths = dict.fromkeys(range(8), 2)
+    scheduler = Scheduler(config(max_num_batched_tokens=256))
+    scheduler.add(prompts)
+    plan = scheduler.schedule(in_flight=False)
+    assert plan is not None
+    assert plan.prefill is not None
+    assert plan.prefill.groups is not None
+    assert plan.prefill.groups.cu_chunks.tolist() == [0, 1, 4, 5, 8]
+    assert plan.prefill.groups.prefix_lens.tolist() == [0, 8, 0, 8]
+    assert scheduler.counters.prefill_blocks_saved == 2 * (3 - 2) * 2
+    for none in ({"min_prefix_saving": 5}, {"min_prefix_saving": None}):
+        scheduler = Scheduler(config(max_num_batched_tokens=256, **none))
+        run(scheduler, prompts, lengths)
+        assert scheduler.counters.prefill_blocks_saved == 0
 
 
 def test_a_long_prompt_is_prefilled_in_chunks() -> None:
