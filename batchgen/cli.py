@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from batchgen import __version__
-from batchgen.errors import BatchgenError, Interrupted, UnsupportedError, UsageError
+from batchgen.errors import (
+    BatchgenError,
+    Interrupted,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from batchgen.job.spec import JobSpec
@@ -34,7 +40,6 @@ _NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
         "errors": "dead letters are JSON lines in the folder dead/ of the ledger",
         "retry": "run the failed rows as a job of their own",
-        "verify": "each commit of the ledger names its parts with their checksums",
         "doctor": "`batchgen validate JOB` checks a job, `batchgen plan JOB` what it would run",
         "report": "`batchgen status --json JOB` has the counts",
     }
@@ -200,6 +205,42 @@ def status(
         f"{spec.name}: {state['state']}; {rows['total']} rows: {rows['ok']} ok, "
         f"{rows['failed']} failed, {rows['skipped']} skipped"
     )
+
+
+@cli.command()
+@_job_options
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt: one JSON object.")
+def verify(
+    job: Path,
+    overrides: tuple[str, ...],
+    params: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Read the output again, compare it with the ledger, and leave a receipt there."""
+    spec = _load_job(job, overrides, params, limit)
+    from batchgen.dataset.storage import redact
+    from batchgen.runner import open_ledger_storage
+    from batchgen.verify import encode_receipt, receipt_text, verdict, verify_job, write_receipt
+
+    ledger = open_ledger_storage(spec)
+    receipt = verify_job(spec, ledger)
+    error = verdict(receipt)
+    # Shown first: a store that refuses the receipt must not withhold the answer.
+    if as_json:
+        click.echo(encode_receipt(receipt))
+    else:
+        click.echo(receipt_text(receipt), err=True)
+    try:
+        path = write_receipt(ledger, receipt)
+    except StorageError as refused:
+        if error is None:
+            raise
+        click.echo(f"no receipt was kept: {refused}", err=True)
+    else:
+        click.echo(f"receipt: {redact(ledger.uri)}/{path}", err=True)
+    if error is not None:
+        raise error
 
 
 @cli.command()

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from batchgen.dataset.storage import Storage
     from batchgen.job.spec import OutputSpec
 
-__all__ = ["build_parts", "check_values", "output_schema", "publish"]
+__all__ = [
+    "build_parts",
+    "check_values",
+    "dataset_json",
+    "front_matter",
+    "output_schema",
+    "publish",
+]
 
 Values = Mapping[str, object]  # of one row of output, by column
 
@@ -64,13 +71,29 @@ def publish(
         part, data = _build_part(spec, schema, "empty", [])
         storage.put(part.path, data)
         parts = [part]
-    if spec.format == "arrow":
-        storage.put("dataset_info.json", _json_file(_dataset_info()))
-        storage.put("state.json", _json_file(_dataset_state(parts)))
-    front = yaml.safe_dump(_front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
+    for path, value in dataset_json(spec, parts).items():
+        storage.put(path, _json_file(value))
+    front = yaml.safe_dump(front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
     storage.put("README.md", f"---\n{front}---\n\n{card}".encode())
     named = {part.path for part in parts}
     storage.delete(path for path in storage.list(_DATA) if path not in named)
+
+
+def dataset_json(spec: OutputSpec, parts: Sequence[Part]) -> dict[str, object]:
+    """The JSON files, by name, that make `parts` a saved dataset; none but for Arrow."""
+    if spec.format != "arrow":
+        return {}
+    return {"dataset_info.json": _dataset_info(), "state.json": _dataset_state(parts)}
+
+
+def front_matter(spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part]) -> dict[str, object]:
+    """The README's metadata: the parts by name, so that no other file is ever read."""
+    files = [{"split": "train", "path": [part.path for part in parts]}]
+    front: dict[str, object] = {"configs": [{"config_name": "default", "data_files": files}]}
+    if spec.format == "jsonl":
+        # Else `datasets` guesses: a text that looks like a date would become one.
+        front["dataset_info"] = {"features": list(_features(schema))}
+    return front
 
 
 def _build_part(
@@ -147,16 +170,6 @@ def _dataset_state(parts: Sequence[Part]) -> dict[str, object]:
         "_output_all_columns": False,
         "_split": None,
     }
-
-
-def _front_matter(spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part]) -> dict[str, object]:
-    """The README's metadata: the parts by name, so that no other file is ever read."""
-    files = [{"split": "train", "path": [part.path for part in parts]}]
-    front: dict[str, object] = {"configs": [{"config_name": "default", "data_files": files}]}
-    if spec.format == "jsonl":
-        # Else `datasets` guesses: a text that looks like a date would become one.
-        front["dataset_info"] = {"features": list(_features(schema))}
-    return front
 
 
 def _features(fields: pa.Schema | pa.StructType) -> Iterator[dict[str, object]]:

@@ -5,6 +5,7 @@
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
     done-<job>.json                  the dataset is published: nothing is left to do
+    receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
 
 Every path is relative to the ledger's folder. A file that is in none of these shapes (such as the
 temporary file of a killed writer) does not exist for the ledger.
@@ -46,6 +47,11 @@ def partial_path(run_id: str, sequence: int) -> str:
 
 def done_path(job_id: str) -> str:
     return f"done-{job_id[:16]}.json"
+
+
+def receipt_path(time: str) -> str:
+    """`time` in ISO 8601; without colons, which not every disk has in names."""
+    return f"receipts/{time.replace(':', '')}.json"
 
 
 def full_name(storage: Storage, path: str) -> str:

@@ -20,7 +20,7 @@ RANKS = (
     ("kernels", "job", "dataset.storage"),
     ("dataset", "prompts", "ledger", "models", "monitor"),
     ("engine",),
-    ("units",),
+    ("units", "verify"),
     ("pipeline",),
     ("runner",),
     ("cli",),
