@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,10 +102,11 @@ def run(
     allow_errors: bool,
 ) -> int:
     """Run a job to its end, or go on with it. Prints the uri of the dataset."""
+    started_s = time.monotonic()
     spec = _load_job(job, overrides, params, limit, resume)
     from batchgen.runner import run_job
 
-    report = run_job(spec)
+    report = run_job(spec, started_s=started_s)
     click.echo(report.summary, err=True)
     click.echo(report.uri)
     return EXIT_DEAD_LETTERS if report.counts.failed and not allow_errors else 0
@@ -197,6 +199,8 @@ def status(
     from batchgen.runner import open_ledger_storage
 
     state: dict[str, Any] = read_status(open_ledger_storage(spec))
+    used, max_tokens = state["tokens"]["output"], spec.budget.max_output_tokens
+    state["budget"] = {"output_tokens": {"used": used, "max": max_tokens}}
     if as_json:
         click.echo(json.dumps(state))
         return
@@ -204,6 +208,7 @@ def status(
     click.echo(
         f"{spec.name}: {state['state']}; {rows['total']} rows: {rows['ok']} ok, "
         f"{rows['failed']} failed, {rows['skipped']} skipped"
+        + ("" if max_tokens is None else f"; {used} of {max_tokens} output tokens used")
     )
 
 

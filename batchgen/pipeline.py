@@ -5,9 +5,9 @@
 
 Every channel is bounded, and a unit is read only when the rows in flight leave room for it, so
 memory is bounded by the planning window and never by the dataset. Whatever ends a run early (an
-error in any thread, a signal, the error rate) goes through `Pipeline.stop`: the first reason
-wins, nothing new is admitted, what has finished is saved, and the reason is raised on the calling
-thread. Nothing waits for a thread that may be gone: closing a channel wakes both of its ends.
+error in any thread, a signal, the error rate, the budget) goes through `Pipeline.stop`: the first
+reason wins, nothing new is admitted, what has finished is saved, and the reason is raised on the
+calling thread. Nothing waits for a thread that may be gone: closing a channel wakes both its ends.
 """
 
 from __future__ import annotations
@@ -190,6 +190,7 @@ class Stages:
     engine: Engine
     saver: Saver
     gate: FailureGate
+    charge: Callable[[Sequence[Completion]], BatchgenError | None]  # why to stop after these rows
     watch: Callable[[], BatchgenError | None]  # called often: shows progress, says why to stop
 
 
@@ -308,6 +309,9 @@ class Pipeline:
         for completions in self._stages.engine.run(self._prompts):
             if not self._ended.put(completions):
                 return
+            reason = self._stages.charge(completions)
+            if reason is not None:
+                self.stop(reason)
 
     def _save(self) -> None:
         try:

@@ -23,7 +23,7 @@ from batchgen.dataset.reader import InputPlan, UnitReader, plan_input, read_samp
 from batchgen.dataset.storage import Storage, redact
 from batchgen.dataset.writer import check_values, output_schema, publish
 from batchgen.engine.from_job import engine_options, sampling_options
-from batchgen.errors import BatchgenError, Interrupted, Preempted, UsageError
+from batchgen.errors import BatchgenError, BudgetReached, Interrupted, Preempted, UsageError
 from batchgen.job.fingerprint import job_fingerprint
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import (
@@ -37,6 +37,7 @@ from batchgen.ledger import (
 )
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.registry import ModelFiles, load_config, load_tokenizer, resolve_model
+from batchgen.monitor.budget import Budget, budget_text
 from batchgen.monitor.preemption import SignalWatch, StopReason
 from batchgen.monitor.progress import Progress
 from batchgen.monitor.summary import RunSummary, summary_text
@@ -102,19 +103,22 @@ def run_job(
     *,
     make_engine: EngineFactory | None = None,
     max_rows: int = PLANNING_WINDOW_ROWS,
+    started_s: float | None = None,
 ) -> RunReport:
     """Run a job to its published dataset, from wherever earlier runs have brought it.
 
     `make_engine` stands in for the engine in tests; `max_rows` bounds the rows in memory.
+    `started_s` is when the command began, by time.monotonic(); now unless given.
     Raises BatchgenError: what stopped the run.
     """
-    started = time.monotonic()
+    started_s = time.monotonic() if started_s is None else started_s
     job = open_job(spec)
     if job.ledger.is_complete and read_status(job.ledger_storage)["state"] == "done":
         return _report(job, earlier_rows=job.ledger.counts().ended)
     recovered = job.ledger.load_partials()
-    earlier_rows = job.ledger.counts().ended
-    stats = _generate(job, recovered, make_engine or load_engine, max_rows)
+    earlier = job.ledger.counts()
+    budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
+    stats = _generate(job, recovered, budget, make_engine or load_engine, max_rows)
     counts = job.ledger.counts()
     parts = _committed_parts(job.ledger)
     num_written = sum(part.num_rows for part in parts)
@@ -124,11 +128,11 @@ def run_job(
             f"{counts.skipped} skipped rows of {counts.total}, and {num_written} rows of output; "
             "nothing was published"
         )
-    wall_s = time.monotonic() - started
+    wall_s = time.monotonic() - started_s
     card = dataset_card(_card_facts(job, counts, wall_s))
     publish(job.output, spec.output, job.schema, parts, card)
     job.ledger.finish()
-    return _report(job, earlier_rows=earlier_rows, wall_s=wall_s, stats=stats)
+    return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
 
 
 def check_job(spec: JobSpec) -> InputPlan:
@@ -231,6 +235,7 @@ def load_engine(spec: JobSpec, model: TextModel) -> Engine:
 def _generate(
     job: OpenJob,
     recovered: dict[int, list[RowResult]],
+    budget: Budget,
     make_engine: EngineFactory,
     max_rows: int,
 ) -> EngineStats | None:
@@ -239,6 +244,9 @@ def _generate(
     `recovered` are the results that earlier runs have left, by unit.
     """
     spec, ledger = job.spec, job.ledger
+    reached = budget.reached()
+    if reached is not None and ledger.counts().ended < ledger.counts().total:
+        raise reached
     _probe(job.output)
     model = job.text_model or load_text_model(spec, job.model_files)
     ends = set(spec.sampling.stop_token_ids)
@@ -265,8 +273,8 @@ def _generate(
         kept = pa.schema([job.schema.field(name) for name in spec.output.columns.keep])
 
         def watch() -> BatchgenError | None:
-            progress.update(saver.progress(engine.stats()))
-            return _stop_error(signals.reason)
+            progress.update(saver.progress(engine.stats(), budget.used_share()))
+            return _stop_error(signals.reason) or budget.reached()
 
         with UnitReader(spec.input, ledger.plan.files) as reader:
             stages = Stages(
@@ -280,12 +288,16 @@ def _generate(
                     max_error_rate=spec.errors.max_error_rate,
                     window=spec.errors.window,
                 ),
+                charge=budget.charge,
                 watch=watch,
             )
             flush_interval_s = spec.checkpoint.flush_interval
             pipeline = Pipeline(stages, max_rows=max_rows, flush_interval_s=flush_interval_s)
             try:
                 pipeline.run(units, recovered)
+            except BudgetReached:
+                if not ledger.is_complete:  # else it was reached by the very last rows
+                    raise
             finally:
                 watch()  # what is shown last is how it ended
     return engine.stats()
@@ -325,6 +337,7 @@ def _report(
         engine=stats,
         dead_letters=kinds,
         dead_letters_uri=redact(f"{job.ledger_storage.uri}/dead"),
+        budget=budget_text(job.spec.budget, output_tokens=counts.output_tokens, wall_s=wall_s),
     )
     return RunReport(uri=job.spec.output.uri, counts=counts, summary=summary_text(summary))
 

@@ -181,7 +181,7 @@ class UnitSaver:
             self._unsaved.setdefault(result.key.unit_id, []).append(result)
             self._num_ended[type(result)] += 1
 
-    def progress(self, engine: EngineStats) -> RunProgress:
+    def progress(self, engine: EngineStats, budget_share: float | None) -> RunProgress:
         """Where the run is, from any thread."""
         earlier, ended = self._earlier, self._num_ended
         return RunProgress(
@@ -190,6 +190,7 @@ class UnitSaver:
             failed_rows=earlier.failed + ended[RowFailure],
             skipped_rows=earlier.skipped + ended[RowSkip],
             engine=engine,
+            budget_share=budget_share,
         )
 
     def commit(self, finished: FinishedUnit) -> None:

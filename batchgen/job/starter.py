@@ -99,7 +99,11 @@ errors:
 
 preemption: {watch: auto, drain_timeout: auto}   # others are not built yet
 distributed: {backend: local, workers: 1}        # others are not built yet
-budget: {max_wall_time: null, max_output_tokens: null} # not built yet
+
+budget:                           # a run that reaches one saves what has finished, and exits with 7
+  max_wall_time: null             # of each run: 8h, 30m
+  max_output_tokens: null         # of the whole job's finished rows
+
 observability:
   progress: auto                  # auto | bar | log | none
   log_format: text                # json is not built yet

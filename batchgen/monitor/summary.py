@@ -23,6 +23,7 @@ class RunSummary:
     engine: EngineStats | None = None  # None where no model was loaded
     dead_letters: Mapping[str, int] = field(default_factory=dict)  # failed rows by kind
     dead_letters_uri: str = ""
+    budget: str = ""  # what is used of it; empty without one
 
     def __post_init__(self) -> None:
         ended = self.ok_rows + self.failed_rows + self.skipped_rows
@@ -37,6 +38,8 @@ def summary_text(run: RunSummary) -> str:
     ]
     if run.engine is not None:
         lines += [_speed(run, run.engine), _kv(run.engine)]
+    if run.budget:
+        lines.append(f"budget: {run.budget}")
     if run.failed_rows:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(run.dead_letters.items()))
         lines.append(f"dead letters: {kinds}, in {run.dead_letters_uri}")

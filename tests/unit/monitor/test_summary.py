@@ -30,6 +30,7 @@ def test_the_summary_of_a_run() -> None:
         ),
         dead_letters={"prompt_too_long": 5, "empty_prompt": 2},
         dead_letters_uri="out/translate/.batchgen/dead",
+        budget="50,000 of 80,000 output tokens",
     )
     assert summary_text(run).splitlines() == [
         "rows: 1,200 = 1,190 ok + 7 failed + 3 skipped (200 done before this run)",
@@ -37,6 +38,7 @@ def test_the_summary_of_a_run() -> None:
         "KV: 2.1% wasted, 67% of prompt tokens from the prefix cache, "
         "31.4% saved by sharing (5,000 blocks at the peak, 70 copied), "
         "1,200 blocks swapped out and 1,100 in",
+        "budget: 50,000 of 80,000 output tokens",
         "dead letters: 2 empty_prompt, 5 prompt_too_long, in out/translate/.batchgen/dead",
         "dataset: out/translate",
     ]
