@@ -408,7 +408,7 @@ def _run_command(argv: Sequence[str] | None) -> int:
     except Exception as error:
         traceback.print_exc()
         click.echo(
-            f"error: unexpected {type(error).__name__}: {error}; finished rows are kept, "
+            f"error: unexpected {type(error).__name__}: {error}; what the ledger has is kept, "
             "run the same command again to go on",
             err=True,
         )

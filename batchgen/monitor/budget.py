@@ -30,7 +30,7 @@ class Budget:
 
     def charge(self, completions: Sequence[Completion]) -> BudgetReached | None:
         """Count rows that the engine has finished; why to stop after them, if so."""
-        self._output_tokens += sum(len(completion.token_ids) for completion in completions)
+        self._output_tokens += sum(completion.num_output_tokens for completion in completions)
         return self.reached()
 
     def reached(self) -> BudgetReached | None:

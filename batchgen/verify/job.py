@@ -39,7 +39,7 @@ def verify_job(spec: JobSpec, ledger_storage: Storage) -> Receipt:
     _refuse_other_output(spec, job, schema, ledger_storage)
     audit = audit_commits(ledger_storage, job)
     check = OutputCheck(
-        spec=spec.output,
+        spec=spec,
         schema=schema,
         storage=Storage.open(spec.output.uri),
         ledger_storage=ledger_storage,
@@ -104,14 +104,20 @@ def _refuse_other_output(
     spec: JobSpec, job: StoredJob, schema: pa.Schema, ledger_storage: Storage
 ) -> None:
     """Raises JobChangedError if the job's output keys do not say how to read this output."""
-    output = job_fingerprint(spec, input_files=(), model={}, output_schema=schema.to_string())
-    lines = _difference({"output": job.fingerprint.get("output")}, {"output": output["output"]})
-    if lines:
+    now = job_fingerprint(spec, input_files=(), model={}, output_schema=schema.to_string())
+    if lines := _difference(_how_to_read(job.fingerprint), _how_to_read(now)):
         told = "\n".join(f"  {line}" for line in lines)
         raise JobChangedError(
             f"the job's output changed since the ledger in {redact(ledger_storage.uri)} began, so "
             f"nothing was verified:\n{told}\nUndo the change to verify what was written."
         )
+
+
+def _how_to_read(fingerprint: Mapping[str, object]) -> dict[str, object]:
+    """What of a fingerprint says how rows of input lie in the output."""
+    sampling = fingerprint.get("sampling")
+    num_samples = sampling.get("n") if isinstance(sampling, Mapping) else None
+    return {"output": fingerprint.get("output"), "sampling": {"n": num_samples}}
 
 
 def _check_fingerprint(spec: JobSpec, job: StoredJob, schema: pa.Schema) -> FingerprintCheck:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from batchgen.dataset.parts import dataset_problems, find_empty_part, read_part
+from batchgen.dataset.schema import SAMPLE_INDEX
 from batchgen.dataset.storage import Storage, redact
-from batchgen.job.spec import OutputSpec
+from batchgen.job.spec import JobSpec
 from batchgen.ledger import Commit, RunCounts
 from batchgen.ledger.audit import content_problem, read_dead_letters
 from batchgen.ledger.files import commit_path
 from batchgen.records import InputFile, Part, Unit
 from batchgen.verify.receipt import CommittedPart, Difference
+from batchgen.verify.unit_rows import UnitRows
 
-_CHECKED_COLUMNS = ("row_address", "prompt_tokens", "output_tokens")  # of the meta columns
+_META_COLUMNS = ("row_address", "prompt_tokens", "output_tokens")  # the ones that are checked
 _PART = re.compile(r"data/part-[\w.-]+")
-_ROW = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 class OutputCheck:
@@ -31,7 +33,7 @@ class OutputCheck:
     def __init__(
         self,
         *,
-        spec: OutputSpec,
+        spec: JobSpec,
         schema: pa.Schema,
         storage: Storage,
         ledger_storage: Storage,
@@ -40,12 +42,17 @@ class OutputCheck:
         """`schema` is the output's, `files` are the input's."""
         self.differences: list[Difference] = []
         self.parts: list[CommittedPart] = []
-        self._spec = spec
+        self._spec = spec.output
+        self._num_samples = spec.sampling.n
+        self._is_exploded = spec.output.n_layout == "explode"
+        self._rows_per_row = spec.output_rows_per_row
         self._schema = schema
         self._storage = storage
         self._ledger_storage = ledger_storage
         self._files = files
-        self._columns = _CHECKED_COLUMNS if spec.columns.meta else ()
+        self._columns: tuple[str, ...] = ()
+        if spec.output.columns.meta:
+            self._columns = (*_META_COLUMNS, *([SAMPLE_INDEX] if self._is_exploded else []))
         self._counts: defaultdict[int, list[RunCounts]] = defaultdict(list)  # by input file
         self._named: set[str] = set()  # files that commits name
         self._dataset: list[Part] = []
@@ -61,10 +68,12 @@ class OutputCheck:
     def check_unit(self, unit: Unit, commit: Commit) -> None:
         """Read the dead letters and the parts of a commit. Units come in input order."""
         num_known = len(self.differences)
-        rows = _UnitRows(unit, redact(self._files[unit.file_index].uri))
+        uri = redact(self._files[unit.file_index].uri)
+        rows = UnitRows(unit, uri, num_samples=self._rows_per_row)
         num_failed = self._read_failed(commit, rows)
-        tokens: dict[str, int] = dict.fromkeys(self._columns[1:], 0)
-        num_ok = sum(self._read_part(unit, part, rows, tokens) for part in commit.parts)
+        tokens = Counter[str]()
+        num_rows = sum(self._read_part(unit, part, rows, tokens) for part in commit.parts)
+        num_ok = num_rows // self._rows_per_row
         counts = commit.counts
         self._counts[unit.file_index].append(
             RunCounts(
@@ -78,12 +87,22 @@ class OutputCheck:
         )
         if len(self.differences) > num_known:
             return  # sums over rows that are not there would say the same again
-        found = {"ok": num_ok, "failed": num_failed, **tokens}
+        path = commit_path(unit.unit_id)
+        if num_rows % self._rows_per_row:
+            self.add(
+                path,
+                f"names parts of {num_rows} rows, though every row of input that succeeds has "
+                f"{self._rows_per_row}",
+            )
+            return
+        found = {"ok": num_ok, "failed": num_failed}
+        if self._columns:
+            found |= {name: tokens[name] for name in ("prompt_tokens", "output_tokens")}
         wrong = [name for name, number in found.items() if number != getattr(counts, name)]
         if wrong:
             said = ", ".join(f"{getattr(counts, name)} {name}" for name in wrong)
             has = ", ".join(f"{found[name]} {name}" for name in wrong)
-            self.add(commit_path(unit.unit_id), f"says {said}; its files have {has}")
+            self.add(path, f"says {said}; its files have {has}")
 
     def check_dataset(self) -> None:
         """Whether the dataset's own files name the parts of all commits, in input order."""
@@ -96,7 +115,7 @@ class OutputCheck:
                 return
             self._named.add(empty.path)
             self._dataset.append(empty)
-            self._decode(empty, None, {})
+            self._decode(empty, None, Counter())
         problems = dataset_problems(self._storage, self._spec, self._schema, self._dataset)
         for path, problem in problems.items():
             self.add(path, problem)
@@ -106,7 +125,7 @@ class OutputCheck:
         found = [*self._storage.list("data"), *self._ledger_storage.list("dead")]
         return [path for path in found if path not in self._named]
 
-    def _read_failed(self, commit: Commit, rows: _UnitRows) -> int:
+    def _read_failed(self, commit: Commit, rows: UnitRows) -> int:
         """How many dead letters the unit has. Their rows are noted."""
         letters = commit.dead_letters
         if letters is None:
@@ -121,7 +140,7 @@ class OutputCheck:
             self.add(letters.path, problem)
         return len(addresses)
 
-    def _read_part(self, unit: Unit, part: Part, rows: _UnitRows, tokens: dict[str, int]) -> int:
+    def _read_part(self, unit: Unit, part: Part, rows: UnitRows, tokens: Counter[str]) -> int:
         """How many rows the part has, 0 if it is not the committed one. Adds to `tokens`."""
         self.parts.append(
             CommittedPart(
@@ -142,7 +161,7 @@ class OutputCheck:
         self._named.add(part.path)
         return self._decode(part, rows, tokens)
 
-    def _decode(self, part: Part, rows: _UnitRows | None, tokens: dict[str, int]) -> int:
+    def _decode(self, part: Part, rows: UnitRows | None, tokens: Counter[str]) -> int:
         """The number of rows of a part, whose addresses go to `rows` and sums to `tokens`."""
         try:
             data = self._storage.read(part.path)
@@ -157,10 +176,14 @@ class OutputCheck:
         try:
             for batch in read_part(part.path, data, self._schema, self._columns):
                 num_rows += batch.num_rows
-                for name in tokens:
-                    tokens[name] += sum(number or 0 for number in batch.columns[name])
-                if rows is not None and self._columns and problem is None:
-                    problem = rows.problem_of(batch.columns["row_address"])
+                if not self._columns or problem is not None:
+                    continue
+                self._count_tokens(batch.columns, tokens)
+                problem = self._problem_of_samples(batch.columns)
+                if rows is not None and problem is None:
+                    addresses = batch.columns["row_address"]
+                    samples = batch.columns.get(SAMPLE_INDEX, [0] * len(addresses))
+                    problem = rows.problem_of(addresses, samples)
         except ValueError as error:
             problem = str(error)
         else:
@@ -170,60 +193,25 @@ class OutputCheck:
             self.add(part.path, problem)
         return num_rows
 
+    def _count_tokens(self, columns: Mapping[str, Sequence[Any]], tokens: Counter[str]) -> None:
+        """Add these rows' tokens to the sums: a prompt's once, an output's of every sample."""
+        prompt_tokens, output_tokens = columns["prompt_tokens"], columns["output_tokens"]
+        if self._is_exploded:
+            samples = columns[SAMPLE_INDEX]
+            prompt_tokens = [n for n, i in zip(prompt_tokens, samples, strict=True) if i == 0]
+        elif self._num_samples > 1:
+            output_tokens = [n for numbers in output_tokens for n in numbers or ()]
+        tokens["prompt_tokens"] += sum(number or 0 for number in prompt_tokens)
+        tokens["output_tokens"] += sum(number or 0 for number in output_tokens)
 
-class _UnitRows:
-    """Follows the row addresses of a unit through its parts.
-
-    Rows rise within a unit, and no two units share one: so no row of the whole output comes twice
-    and all are in input order, and only one unit's rows need to be remembered.
-    """
-
-    def __init__(self, unit: Unit, uri: str) -> None:
-        """`uri` is the input file's, as addresses have it."""
-        self._unit = unit
-        self._uri = uri
-        self._failed: set[int] = set()
-        self._seen: set[int] = set()
-        self._last = unit.row_start - 1
-
-    def problem_of_failed(self, addresses: Iterable[str]) -> str | None:
-        """Note the dead letters, which come before the parts; what is wrong with the first."""
-        for address in addresses:
-            row = self._row_of(address)
-            if row is None:
-                return self._foreign(address)
-            if row in self._failed:
-                return f"holds the row {address} a second time"
-            self._failed.add(row)
-        return None
-
-    def problem_of(self, addresses: Iterable[str | None]) -> str | None:
-        """Note the unit's next rows of output; what is wrong with the first that is wrong."""
-        for address in addresses:
-            row = self._row_of(address)
-            if row is None:
-                return self._foreign(address)
-            if row in self._seen:
-                return f"holds the row {address} a second time"
-            if row < self._last:
-                return f"holds the row {address} out of order, after row {self._last}"
-            if row in self._failed:
-                return f"holds the row {address}, which is a dead letter too"
-            self._seen.add(row)
-            self._last = row
-        return None
-
-    def _row_of(self, address: str | None) -> int | None:
-        uri, _, number = (address or "").rpartition(":")
-        if uri != self._uri or not _ROW.fullmatch(number):
+    def _problem_of_samples(self, columns: Mapping[str, Sequence[Any]]) -> str | None:
+        """What is wrong with the first list that does not have one item for each sample."""
+        if self._is_exploded or self._num_samples == 1:
             return None
-        row = int(number)
-        start = self._unit.row_start
-        return row if start <= row < start + self._unit.num_rows else None
-
-    def _foreign(self, address: str | None) -> str:
-        start = self._unit.row_start
-        return (
-            f"holds the row {address!r}, which is not of its unit: rows {start} to "
-            f"{start + self._unit.num_rows - 1} of {self._uri}"
-        )
+        for address, numbers in zip(columns["row_address"], columns["output_tokens"], strict=True):
+            if len(numbers or ()) != self._num_samples:
+                return (
+                    f"holds the row {address} with {len(numbers or ())} samples, "
+                    f"not {self._num_samples}"
+                )
+        return None

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from verify_outputs import (
-    KINDS,
-    NUM_PARTS,
-    Output,
-    commit_path,
-    flip,
-)
+from verify_outputs import KINDS, NUM_PARTS, Output, commit_path, flip, flipped
 
 from batchgen.errors import VerifyError
+from batchgen.ledger.audit import content_problem
 from batchgen.verify import verdict
 
 
@@ -43,6 +39,54 @@ def test_an_untouched_output_is_right_and_any_flipped_byte_is_found(
             assert isinstance(verdict(receipt), VerifyError)
             output.storage.put(part.path, data)
     assert output.verify().is_right
+
+
+def rows_in(data: bytes, path: str) -> list[dict[str, Any]] | None:
+    """What a reader sees in a part; None if it refuses it."""
+    try:
+        if path.endswith(".parquet"):
+            table = pq.read_table(pa.BufferReader(data))
+        else:
+            with pa.ipc.open_stream(data) as reader:
+                table = reader.read_all()
+        table.validate(full=True)
+        return table.to_pylist()
+    except (pa.ArrowException, OSError, ValueError):
+        return None
+
+
+@pytest.mark.parametrize("kind", [("arrow", None), ("parquet", "zstd")])
+def test_flipped_bytes_that_no_reader_sees_are_found(
+    tmp_path: Path, make_output: Callable[..., Output], kind: tuple[str, str | None]
+) -> None:
+    """Arrow aligns its buffers with padding; Parquet has fields that nothing needs."""
+    output = make_output(tmp_path, kind)
+    part = min(output.verify().parts, key=lambda part: part.size_bytes)
+    data = output.storage.read(part.path)
+    rows = rows_in(data, part.path)
+    unseen = [
+        position
+        for position in range(len(data))
+        if rows_in(flipped(data, position), part.path) == rows
+    ]
+    assert len(unseen) > 40
+    for position in unseen[:: max(1, len(unseen) // 60)]:
+        output.storage.put(part.path, flipped(data, position))
+        assert "other bytes" in output.problems()[part.path]
+
+
+@pytest.mark.parametrize("kind", [("arrow", "zstd"), ("parquet", "zstd"), ("jsonl", "gzip")])
+def test_a_flipped_byte_at_any_offset_is_found(
+    tmp_path: Path, make_output: Callable[..., Output], kind: tuple[str, str | None]
+) -> None:
+    output = make_output(tmp_path, kind)
+    parts = output.parts()
+    for part in parts:
+        data = output.storage.read(part["path"])
+        assert content_problem(data, part["size_bytes"], part["sha256"]) is None
+        for position in range(len(data)):
+            changed = flipped(data, position)
+            assert content_problem(changed, part["size_bytes"], part["sha256"]) is not None
 
 
 @pytest.mark.parametrize("number", range(5))

@@ -119,7 +119,12 @@ def run_stand_in(job: Path, *overrides: str) -> None:
 def flip(storage: Storage, path: str, position: int) -> bytes:
     """Flip a bit of a file; its bytes before."""
     data = storage.read(path)
+    storage.put(path, flipped(data, position))
+    return data
+
+
+def flipped(data: bytes, position: int) -> bytes:
+    """These bytes with one bit flipped."""
     changed = bytearray(data)
     changed[position] ^= 1 << position % 8
-    storage.put(path, bytes(changed))
-    return data
+    return bytes(changed)

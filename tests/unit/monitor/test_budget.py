@@ -8,7 +8,7 @@ import pytest
 
 from batchgen.job.spec import BudgetSpec
 from batchgen.monitor.budget import Budget, budget_text
-from batchgen.records import Completion, RowKey
+from batchgen.records import Completion, RowKey, SampleOutput
 
 
 def make_budget(
@@ -19,14 +19,13 @@ def make_budget(
     return Budget(spec, started_s=time.monotonic() - ago_s, output_tokens=output_tokens)
 
 
-def completions(*lengths: int) -> list[Completion]:
+def completions(*lengths: int, num_samples: int = 1) -> list[Completion]:
     return [
         Completion(
             key=RowKey(unit_id=0, index=index),
-            token_ids=[5] * length,
-            finish_reason="stop",
+            outputs=(SampleOutput(token_ids=[5] * length, finish_reason="stop", seed=0),)
+            * num_samples,
             num_prompt_tokens=1000,
-            seed=0,
         )
         for index, length in enumerate(lengths)
     ]
@@ -55,6 +54,12 @@ def test_output_tokens_of_earlier_runs_and_of_this_one_are_counted() -> None:
     )
     budget.charge(completions(50))
     assert budget.used_share() == pytest.approx(1.5)
+
+
+def test_the_tokens_of_every_sample_are_counted() -> None:
+    budget = make_budget(max_output_tokens=100)
+    assert budget.charge(completions(11, 22, num_samples=3)) is None
+    assert budget.used_share() == pytest.approx(0.99)
 
 
 def test_tokens_that_were_used_up_before_are_told_at_once() -> None:
