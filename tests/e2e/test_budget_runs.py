@@ -30,7 +30,8 @@ from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
 from batchgen.monitor.budget import Budget
 from batchgen.records import Completion, Prompt, PromptSource
-from batchgen.runner import RunReport, open_ledger_storage, run_job
+from batchgen.runner import RunReport, run_job
+from batchgen.startup import open_ledger_storage
 from batchgen.units import UnitSaver
 
 NUM_ROWS = 300

@@ -20,7 +20,8 @@ from standin import StandInEngine
 from batchgen.errors import Preempted
 from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
-from batchgen.runner import open_ledger_storage, run_job
+from batchgen.runner import run_job
+from batchgen.startup import open_ledger_storage
 
 NUM_ROWS = 150
 NUM_SAMPLES = 3

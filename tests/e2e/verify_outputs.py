@@ -15,7 +15,8 @@ from standin import StandInEngine
 
 from batchgen.dataset.storage import Storage
 from batchgen.job.loading import load_job
-from batchgen.runner import open_ledger_storage, run_job
+from batchgen.runner import run_job
+from batchgen.startup import open_ledger_storage
 from batchgen.verify import Receipt, verify_job
 
 KINDS = [

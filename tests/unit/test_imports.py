@@ -22,7 +22,9 @@ RANKS = (
     ("engine",),
     ("units", "verify"),
     ("pipeline",),
+    ("startup",),
     ("runner",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
