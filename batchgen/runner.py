@@ -21,11 +21,7 @@ from batchgen.dataset.writer import check_values, publish
 from batchgen.engine.from_job import engine_options, sampling_options
 from batchgen.errors import BatchgenError, BudgetReached, Interrupted, Preempted
 from batchgen.job.spec import JobSpec
-from batchgen.ledger import (
-    Ledger,
-    RunCounts,
-    read_status,
-)
+from batchgen.ledger import Ledger, RunCounts
 from batchgen.monitor.budget import Budget, budget_text
 from batchgen.monitor.preemption import SignalWatch, StopReason
 from batchgen.monitor.progress import Progress
@@ -71,7 +67,7 @@ def run_job(
     """
     started_s = time.monotonic() if started_s is None else started_s
     job = open_job(spec)
-    if job.ledger.is_complete and read_status(job.ledger_storage)["state"] == "done":
+    if job.ledger.is_published():
         return _report(job, earlier_rows=job.ledger.counts().ended)
     recovered = job.ledger.load_partials()
     earlier = job.ledger.counts()
@@ -150,6 +146,7 @@ def _generate(
         return None
     with SignalWatch() as signals, Progress(spec.observability.progress) as progress:
         engine = make_engine(spec, model)
+        saver.follow(engine.stats)
         kept = pa.schema([job.schema.field(name) for name in spec.output.columns.keep])
 
         def watch() -> BatchgenError | None:

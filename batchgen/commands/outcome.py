@@ -25,6 +25,8 @@ def status(
     """Print how far a job is, from its ledger alone."""
     spec = load_spec(job, overrides, params, limit)
     from batchgen.ledger import read_status
+    from batchgen.monitor.summary import kv_text
+    from batchgen.records import EngineStats
     from batchgen.startup import open_ledger_storage
 
     state: dict[str, Any] = read_status(open_ledger_storage(spec))
@@ -39,6 +41,8 @@ def status(
         f"{rows['failed']} failed, {rows['skipped']} skipped"
         + ("" if max_tokens is None else f"; {used} of {max_tokens} output tokens used")
     )
+    if (totals := state["runs"]["engine"]) is not None:
+        click.echo(kv_text(EngineStats(**totals)))
 
 
 @click.command()

@@ -5,6 +5,7 @@
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
     done-<job>.json                  the dataset is published: nothing is left to do
+    runs/<run>.json                  what the engine did in a run, for `batchgen status`
     receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
 
 Every path is relative to the ledger's folder. A file that is in none of these shapes (such as the
@@ -25,6 +26,7 @@ from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
+_RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
@@ -43,6 +45,10 @@ def dead_letters_path(unit_id: int, sha256: str) -> str:
 
 def partial_path(run_id: str, sequence: int) -> str:
     return f"partials/{run_id}-{sequence:06d}.partial"
+
+
+def run_path(run_id: str) -> str:
+    return f"runs/{run_id}.json"
 
 
 def done_path(job_id: str) -> str:
@@ -65,6 +71,10 @@ def list_commits(storage: Storage) -> list[str]:
 
 def list_partials(storage: Storage) -> list[str]:
     return [path for path in storage.list("partials") if _PARTIAL_PATTERN.fullmatch(path)]
+
+
+def list_runs(storage: Storage) -> list[str]:
+    return [path for path in storage.list("runs") if _RUN_PATTERN.fullmatch(path)]
 
 
 def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -30,6 +30,7 @@ from batchgen.ledger.files import (
     full_name,
     list_partials,
     partial_path,
+    run_path,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
 from batchgen.ledger.plan import (
@@ -39,7 +40,8 @@ from batchgen.ledger.plan import (
     encode_job,
     read_job,
 )
-from batchgen.records import OutputRow, Part, RowFailure, RowResult, Unit
+from batchgen.ledger.runs import RunRecord, encode_run
+from batchgen.records import EngineStats, OutputRow, Part, RowFailure, RowResult, Unit
 
 ResumeMode = Literal["if_possible", "always", "never"]
 
@@ -113,6 +115,10 @@ class Ledger:
     def is_complete(self) -> bool:
         """Whether every unit is committed."""
         return len(self._committed) == len(self.plan.units)
+
+    def is_published(self) -> bool:
+        """Whether every unit is committed and the dataset is published: nothing is left to do."""
+        return self.is_complete and self._storage.exists(done_path(self._job.job_id))
 
     def counts(self) -> RunCounts:
         """How the rows of committed units, and those flushed as partials, ended."""
@@ -193,6 +199,12 @@ class Ledger:
             commit = decode_commit(stored, self._job, path, full_name(self._storage, path))
         self._add_commit(commit)
         return stored == data
+
+    def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
+        """Keeps what the engine has done in this run, in the place of what was kept before."""
+        run_id = self._run_id
+        run = RunRecord(job_id=self._job.job_id, run_id=run_id, wall_s=wall_s, engine=engine)
+        self._storage.put(run_path(run_id), encode_run(run))
 
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only."""

@@ -37,7 +37,7 @@ def summary_text(run: RunSummary) -> str:
         f"+ {run.skipped_rows:,} skipped" + _earlier(run)
     ]
     if run.engine is not None:
-        lines += [_speed(run, run.engine), _kv(run.engine)]
+        lines += [_speed(run, run.engine), kv_text(run.engine)]
     if run.budget:
         lines.append(f"budget: {run.budget}")
     if run.failed_rows:
@@ -64,7 +64,8 @@ def _speed(run: RunSummary, engine: EngineStats) -> str:
     )
 
 
-def _kv(engine: EngineStats) -> str:
+def kv_text(engine: EngineStats) -> str:
+    """What became of the KV: waste, prefixes, sharing, swapping."""
     hits = engine.cached_prompt_tokens / engine.prompt_tokens if engine.prompt_tokens else 0.0
     merged = (
         f"{engine.merged_prompts:,} duplicates computed once, " if engine.merged_prompts else ""
@@ -75,8 +76,13 @@ def _kv(engine: EngineStats) -> str:
         if engine.peak_saved_blocks
         else ""
     )
+    read_once = (
+        f"{engine.prefix_blocks_saved:,} reads of shared prefix blocks saved, "
+        if engine.prefix_blocks_saved
+        else ""
+    )
     return (
         f"KV: {engine.kv_waste:.1%} wasted, {hits:.0%} of prompt tokens from the prefix cache, "
-        f"{saved}{merged}"
+        f"{saved}{read_once}{merged}"
         f"{engine.swapped_out_blocks:,} blocks swapped out and {engine.swapped_in_blocks:,} in"
     )

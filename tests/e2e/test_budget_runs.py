@@ -29,7 +29,7 @@ from batchgen.errors import BudgetReached
 from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
 from batchgen.monitor.budget import Budget
-from batchgen.records import Completion, Prompt, PromptSource
+from batchgen.records import Completion, EngineStats, Prompt, PromptSource
 from batchgen.runner import RunReport, run_job
 from batchgen.startup import open_ledger_storage
 from batchgen.units import UnitSaver
@@ -47,6 +47,9 @@ class CountingEngine(StandInEngine):
     def _complete(self, prompt: Prompt) -> Any:
         self._prompted.append(prompt)
         return super()._complete(prompt)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(swapped_out_blocks=self._num_finished)
 
 
 def run_stand_in(job: Path, *overrides: str, prompted: list[Prompt] | None = None) -> RunReport:
@@ -95,6 +98,21 @@ def test_a_run_stops_at_its_tokens_and_goes_on_when_they_are_raised(
     run_stand_in(job, f"budget.max_output_tokens={2 * total}", prompted=prompted)
     assert len(prompted) == len({prompt.key for prompt in prompted}) == NUM_ROWS
     assert read_output(job.parent / "out") == expected
+
+
+def test_the_status_sums_what_the_engine_did_in_every_run(job: Path) -> None:
+    with pytest.raises(BudgetReached):
+        run_stand_in(job, "budget.max_output_tokens=500")
+    first = status_of(job)
+    assert first["runs"]["count"] == 1
+    assert first["runs"]["engine"]["swapped_out_blocks"] == first["rows"]["ok"] > 0
+    run_stand_in(job)
+    runs = status_of(job)["runs"]
+    assert runs["count"] == 2
+    assert runs["wall_s"] > first["runs"]["wall_s"]
+    assert runs["engine"]["swapped_out_blocks"] == NUM_ROWS
+    run_job(load_job(job), make_engine=no_engine)
+    assert status_of(job)["runs"] == runs
 
 
 def test_a_used_up_budget_ends_a_run_before_the_model_loads(job: Path) -> None:

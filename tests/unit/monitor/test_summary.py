@@ -25,6 +25,7 @@ def test_the_summary_of_a_run() -> None:
             kv_saved=0.314,
             peak_saved_blocks=5000,
             copied_blocks=70,
+            prefix_blocks_saved=4000,
             swapped_out_blocks=1200,
             swapped_in_blocks=1100,
         ),
@@ -37,6 +38,7 @@ def test_the_summary_of_a_run() -> None:
         "time: 1:40, 10.0 rows/s, 90,000 prompt tokens (900/s), 50,000 output tokens (500/s)",
         "KV: 2.1% wasted, 67% of prompt tokens from the prefix cache, "
         "31.4% saved by sharing (5,000 blocks at the peak, 70 copied), "
+        "4,000 reads of shared prefix blocks saved, "
         "1,200 blocks swapped out and 1,100 in",
         "budget: 50,000 of 80,000 output tokens",
         "dead letters: 2 empty_prompt, 5 prompt_too_long, in out/translate/.batchgen/dead",
