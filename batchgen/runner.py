@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 
@@ -69,10 +70,25 @@ def run_job(
     job = open_job(spec)
     if job.ledger.is_published():
         return _report(job, earlier_rows=job.ledger.counts().ended)
+    run = partial(_run_to_publication, make_engine or load_engine, max_rows, started_s)
+    while (report := run(job)) is None:
+        job = open_job(spec)
+    return report
+
+
+def _run_to_publication(
+    make_engine: EngineFactory, max_rows: int, started_s: float, job: OpenJob
+) -> RunReport | None:
+    """Bring the job, as its ledger was opened, to a published dataset.
+
+    None where another run has added files to the job meanwhile. What is published then may lie
+    over what the other has published: the job is to be opened again and brought to its end.
+    """
+    spec = job.spec
     recovered = job.ledger.load_partials()
     earlier = job.ledger.counts()
     budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
-    stats = _generate(job, recovered, budget, make_engine or load_engine, max_rows)
+    stats = _generate(job, recovered, budget, make_engine, max_rows)
     counts = job.ledger.counts()
     parts = _committed_parts(job.ledger)
     num_written = sum(part.num_rows for part in parts)
@@ -83,9 +99,14 @@ def run_job(
             "nothing was published"
         )
     wall_s = time.monotonic() - started_s
+    if job.ledger.has_grown():
+        return None
     card = dataset_card(_card_facts(job, counts, wall_s))
-    publish(job.output, spec.output, job.schema, parts, card)
+    num_units = len(job.ledger.plan.units)
+    publish(job.output, spec.output, job.schema, parts, card, num_units=num_units)
     job.ledger.finish()
+    if job.ledger.has_grown():
+        return None
     return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
 
 
@@ -235,13 +256,13 @@ def _make_prompts(
 
 
 def _card_facts(job: OpenJob, counts: RunCounts, wall_s: float) -> CardFacts:
-    spec = job.spec
+    spec, plan = job.spec, job.ledger.plan
     changed = spec.sampling.model_dump(exclude_defaults=True)
     return CardFacts(
         job_name=spec.name,
         model=spec.model.name_or_path,
         model_revision=job.model_files.identity.get("revision"),
-        input_uris=[file.uri for file in job.ledger.plan.files],
+        input_uris=[plan.files[index].uri for index in plan.input_order],
         sampling={"temperature": spec.sampling.temperature, **changed},
         columns={field.name: str(field.type) for field in job.schema},
         rows_total=counts.total,
@@ -259,6 +280,10 @@ def _card_facts(job: OpenJob, counts: RunCounts, wall_s: float) -> CardFacts:
 
 def _committed_parts(ledger: Ledger) -> list[Part]:
     """The parts of the dataset, in input order."""
+    committed = ledger.committed
     return [
-        part for unit_id in sorted(ledger.committed) for part in ledger.committed[unit_id].parts
+        part
+        for unit in ledger.plan.units_in_order
+        if unit.unit_id in committed
+        for part in committed[unit.unit_id].parts
     ]

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
-from batchgen.ledger.commits import Commit, DeadLetters, decode_commit
+from batchgen.ledger.commits import Commit, DeadLetters, decode_commit, list_commits_of
 from batchgen.ledger.files import (
     commit_path,
     done_path,
     full_name,
-    list_commits,
     read_many,
 )
 from batchgen.ledger.plan import StoredJob
@@ -38,10 +37,10 @@ class CommitAudit:
 def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
     """All commits of the ledger. Once the dataset is published, a missing one is a problem."""
     # Asked before the commits are listed: a runner may be at work, and publishes after the last.
-    is_published = storage.exists(done_path(job.job_id))
+    is_published = storage.exists(done_path(job.last_id))
     commits: dict[int, Commit] = {}
     problems: dict[str, str] = {}
-    for path, data in read_many(storage, list_commits(storage)):
+    for path, data in read_many(storage, list_commits_of(storage, job)):
         try:
             commit = decode_commit(data, job, path, full_name(storage, path))
         except BatchgenError as error:

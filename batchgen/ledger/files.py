@@ -1,6 +1,7 @@
 """Names of the ledger's files, and reading them: many at once, and never trusting what they hold.
 
     job.json                         what the job is, and how its input is cut into units
+    added/<number>.json              files that came to the input later, and their units
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
@@ -25,6 +26,7 @@ from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
+_ADDITION_PATTERN = re.compile(r"added/\d{6,}\.json")
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
 _RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
@@ -33,6 +35,11 @@ _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 _MAX_CONCURRENT_READS = 32
 
 T = TypeVar("T")
+
+
+def addition_path(index: int) -> str:
+    """Of the addition at `index`, from 0."""
+    return f"added/{index + 1:06d}.json"
 
 
 def commit_path(unit_id: int) -> str:
@@ -63,6 +70,10 @@ def receipt_path(time: str) -> str:
 def full_name(storage: Storage, path: str) -> str:
     """A file's name as people may see it."""
     return redact(f"{storage.uri}/{path}")
+
+
+def list_additions(storage: Storage) -> list[str]:
+    return [path for path in storage.list("added") if _ADDITION_PATTERN.fullmatch(path)]
 
 
 def list_commits(storage: Storage) -> list[str]:
