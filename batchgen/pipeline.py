@@ -5,9 +5,10 @@
 
 Every channel is bounded, and a unit is read only when the rows in flight leave room for it, so
 memory is bounded by the planning window and never by the dataset. Whatever ends a run early (an
-error in any thread, a signal, the error rate) goes through `Pipeline.stop`: the first reason
-wins, nothing new is admitted, what has finished is saved, and the reason is raised on the calling
-thread. Nothing waits for a thread that may be gone: closing a channel wakes both of its ends.
+error in any thread, a signal, the error rate, the budget) goes through `Pipeline.stop`: nothing new
+is admitted, what has finished is saved, and the first reason is raised on the calling thread, or
+the error that kept it from being saved. Nothing waits for a thread that may be gone: closing a
+channel wakes both its ends.
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ class Stages:
     engine: Engine
     saver: Saver
     gate: FailureGate
+    charge: Callable[[Sequence[Completion]], BatchgenError | None]  # why to stop after these rows
     watch: Callable[[], BatchgenError | None]  # called often: shows progress, says why to stop
 
 
@@ -205,13 +207,15 @@ class Pipeline:
         self._ended: Channel[Ended] = Channel(_CHANNEL_ROWS)
         self._reason: BaseException | None = None
         self._reason_lock = threading.Lock()
+        self._save_error: BaseException | None = None
         self._is_over = threading.Event()
 
     def run(self, units: Iterable[Unit], recovered: Mapping[int, Sequence[RowResult]]) -> None:
         """Run every unit to its commit.
 
         `recovered` holds results of earlier runs by unit id; only the other rows are read.
-        Raises the first reason that stopped the run, after saving what had finished.
+        Raises the first reason that stopped the run, after saving what had finished. Where that
+        could not be saved, raises the error of saving, whose cause is the first reason.
         """
         watcher = self._start("watch", self._watch)
         feeders = [
@@ -229,6 +233,8 @@ class Pipeline:
         saver.join()
         self._is_over.set()
         watcher.join()
+        if self._save_error is not None and self._save_error is not self._reason:
+            raise self._save_error from self._reason
         if self._reason is not None:
             raise self._reason
         if self._board.num_open():
@@ -308,10 +314,16 @@ class Pipeline:
         for completions in self._stages.engine.run(self._prompts):
             if not self._ended.put(completions):
                 return
+            reason = self._stages.charge(completions)
+            if reason is not None:
+                self.stop(reason)
 
     def _save(self) -> None:
         try:
             self._save_until_drained()
+        except BaseException as error:
+            self._save_error = error
+            raise
         finally:
             self._ended.close(discard=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -153,6 +153,8 @@ class UnitSaver:
         self._tokenizer = tokenizer
         self._stop_token_ids = stop_token_ids
         self._unsaved: dict[int, list[RowResult]] = {}
+        self._engine_stats: Callable[[], EngineStats] | None = None
+        self._followed_at = 0.0
         self._earlier = ledger.counts()
         self._num_ended: Counter[type[RowResult]] = Counter()  # in this run
 
@@ -175,13 +177,18 @@ class UnitSaver:
             for completion, row in zip(completions, rows, strict=True)
         ]
 
+    def follow(self, engine_stats: Callable[[], EngineStats]) -> None:
+        """From now on, keep the engine's counters with every flush."""
+        self._engine_stats = engine_stats
+        self._followed_at = time.monotonic()
+
     def keep(self, results: Sequence[RowResult]) -> None:
         """Remember results for the next flush."""
         for result in results:
             self._unsaved.setdefault(result.key.unit_id, []).append(result)
             self._num_ended[type(result)] += 1
 
-    def progress(self, engine: EngineStats) -> RunProgress:
+    def progress(self, engine: EngineStats, budget_share: float | None) -> RunProgress:
         """Where the run is, from any thread."""
         earlier, ended = self._earlier, self._num_ended
         return RunProgress(
@@ -190,6 +197,7 @@ class UnitSaver:
             failed_rows=earlier.failed + ended[RowFailure],
             skipped_rows=earlier.skipped + ended[RowSkip],
             engine=engine,
+            budget_share=budget_share,
         )
 
     def commit(self, finished: FinishedUnit) -> None:
@@ -207,6 +215,9 @@ class UnitSaver:
         """Write what is neither committed nor flushed, so that a kill does not lose it."""
         self._ledger.flush_partial([row for rows in self._unsaved.values() for row in rows])
         self._unsaved.clear()
+        if self._engine_stats is not None:
+            wall_s = time.monotonic() - self._followed_at
+            self._ledger.record_run(self._engine_stats(), wall_s=wall_s)
 
     def _rows(
         self, completion: Completion, row: InputRow, texts: Sequence[str]

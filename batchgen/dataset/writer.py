@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING
@@ -24,11 +25,19 @@ if TYPE_CHECKING:
     from batchgen.dataset.storage import Storage
     from batchgen.job.spec import OutputSpec
 
-__all__ = ["build_parts", "check_values", "output_schema", "publish"]
+__all__ = [
+    "build_parts",
+    "check_values",
+    "dataset_json",
+    "front_matter",
+    "output_schema",
+    "publish",
+]
 
 Values = Mapping[str, object]  # of one row of output, by column
 
 _DATA = "data"
+_UNIT_OF_PART = re.compile(rf"{_DATA}/part-([0-9]{{8,18}})-")
 _BATCH_ROWS = 1000  # rows of one Arrow record batch, as `datasets` writes them
 _JSON_EXTENSIONS = {None: "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"}
 _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"} | {
@@ -53,9 +62,16 @@ def build_parts(
 
 
 def publish(
-    storage: Storage, spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part], card: str
+    storage: Storage,
+    spec: OutputSpec,
+    schema: pa.Schema,
+    parts: Sequence[Part],
+    card: str,
+    *,
+    num_units: int,
 ) -> None:
-    """Make the committed `parts`, in this order, a dataset, and delete all other data files.
+    """Make the committed `parts`, in this order, a dataset, and delete all other data files but
+    those of units from `num_units` on, which are another run's.
 
     Arrow opens with `datasets.load_from_disk`, the others with `datasets.load_dataset`, which
     refuses a dataset without rows. `card` is the text of README.md. May be repeated.
@@ -64,13 +80,33 @@ def publish(
         part, data = _build_part(spec, schema, "empty", [])
         storage.put(part.path, data)
         parts = [part]
-    if spec.format == "arrow":
-        storage.put("dataset_info.json", _json_file(_dataset_info()))
-        storage.put("state.json", _json_file(_dataset_state(parts)))
-    front = yaml.safe_dump(_front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
+    for path, value in dataset_json(spec, parts).items():
+        storage.put(path, _json_file(value))
+    front = yaml.safe_dump(front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
     storage.put("README.md", f"---\n{front}---\n\n{card}".encode())
     named = {part.path for part in parts}
-    storage.delete(path for path in storage.list(_DATA) if path not in named)
+    storage.delete(
+        path
+        for path in storage.list(_DATA)
+        if path not in named and not _is_of_later_unit(path, num_units)
+    )
+
+
+def dataset_json(spec: OutputSpec, parts: Sequence[Part]) -> dict[str, object]:
+    """The JSON files, by name, that make `parts` a saved dataset; none but for Arrow."""
+    if spec.format != "arrow":
+        return {}
+    return {"dataset_info.json": _dataset_info(), "state.json": _dataset_state(parts)}
+
+
+def front_matter(spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part]) -> dict[str, object]:
+    """The README's metadata: the parts by name, so that no other file is ever read."""
+    files = [{"split": "train", "path": [part.path for part in parts]}]
+    front: dict[str, object] = {"configs": [{"config_name": "default", "data_files": files}]}
+    if spec.format == "jsonl":
+        # Else `datasets` guesses: a text that looks like a date would become one.
+        front["dataset_info"] = {"features": list(_features(schema))}
+    return front
 
 
 def _build_part(
@@ -85,6 +121,11 @@ def _build_part(
     sha256 = hashlib.sha256(data).hexdigest()
     path = f"{_DATA}/part-{name}-{sha256[:16]}.{extension}"
     return Part(path=path, num_rows=len(rows), size_bytes=len(data), sha256=sha256), data
+
+
+def _is_of_later_unit(path: str, num_units: int) -> bool:
+    unit = _UNIT_OF_PART.match(path)
+    return unit is not None and int(unit[1]) >= num_units
 
 
 def _table(schema: pa.Schema, rows: Sequence[Values]) -> pa.Table:
@@ -147,16 +188,6 @@ def _dataset_state(parts: Sequence[Part]) -> dict[str, object]:
         "_output_all_columns": False,
         "_split": None,
     }
-
-
-def _front_matter(spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part]) -> dict[str, object]:
-    """The README's metadata: the parts by name, so that no other file is ever read."""
-    files = [{"split": "train", "path": [part.path for part in parts]}]
-    front: dict[str, object] = {"configs": [{"config_name": "default", "data_files": files}]}
-    if spec.format == "jsonl":
-        # Else `datasets` guesses: a text that looks like a date would become one.
-        front["dataset_info"] = {"features": list(_features(schema))}
-    return front
 
 
 def _features(fields: pa.Schema | pa.StructType) -> Iterator[dict[str, object]]:

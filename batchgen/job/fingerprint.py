@@ -26,8 +26,8 @@ def job_fingerprint(
 
     `model` says which weights, tokenizer, chat template and numerics the run computes with, by
     names for people; it replaces the job file's name for the model. How rows are packed into
-    files (compression, max_shard_rows, unit_rows) and what ends a run (errors) change no row, nor
-    do the engine's keys but for kv_cache_dtype.
+    files (compression, max_shard_rows, unit_rows) and what ends a run (errors, budget) change no
+    row, nor do the engine's keys but for kv_cache_dtype.
     """
     files = {file.uri: {"size_bytes": file.size_bytes, "etag": file.etag} for file in input_files}
     return {

@@ -142,10 +142,16 @@ class DistributedSpec(Section):
 
 
 class BudgetSpec(Section):
-    """Limits after which the run stops, resumable."""
+    """Limits at which a run saves what has finished and ends with exit code 7, resumable."""
 
-    max_wall_time: Seconds | None = Field(default=None, description="Such as 2h.")
-    max_output_tokens: PositiveInt | None = Field(default=None, description="Over the whole run.")
+    max_wall_time: Seconds | None = Field(
+        default=None,
+        description="The wall time of one run, from the start of the command: 8h, 30m, 90.",
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        default=None,
+        description="The output tokens of the job's finished rows, those of earlier runs as well.",
+    )
 
 
 class ObservabilitySpec(Section):
@@ -192,7 +198,7 @@ class JobSpec(Section):
     distributed: DistributedSpec = Field(
         default=DistributedSpec(), description="Several workers on one job."
     )
-    budget: BudgetSpec = Field(default=BudgetSpec(), description="Limits of a run.")
+    budget: BudgetSpec = Field(default=BudgetSpec(), description="What a run may use.")
     observability: ObservabilitySpec = Field(
         default=ObservabilitySpec(), description="What a run shows of itself."
     )

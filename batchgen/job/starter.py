@@ -17,6 +17,7 @@ input:
   format: auto                    # auto | parquet | jsonl | arrow | csv
   columns: null                   # [id, text] reads only these
   limit: null                     # only the first so many rows
+  incremental: false              # true: a later run processes the files that were added
   storage_options: {}             # of the input's fsspec file system
   on_bad_record: dead_letter      # fail | skip | dead_letter
 
@@ -99,7 +100,11 @@ errors:
 
 preemption: {watch: auto, drain_timeout: auto}   # others are not built yet
 distributed: {backend: local, workers: 1}        # others are not built yet
-budget: {max_wall_time: null, max_output_tokens: null} # not built yet
+
+budget:                           # a run that reaches one saves what has finished, and exits with 7
+  max_wall_time: null             # of each run: 8h, 30m
+  max_output_tokens: null         # of the whole job's finished rows
+
 observability:
   progress: auto                  # auto | bar | log | none
   log_format: text                # json is not built yet

@@ -25,8 +25,6 @@ BUILT_VALUES: Mapping[str, tuple[object, ...]] = {
     "preemption.drain_timeout": ("auto",),
     "distributed.backend": ("local",),
     "distributed.workers": (1,),
-    "budget.max_wall_time": (None,),
-    "budget.max_output_tokens": (None,),
     "observability.log_format": ("text",),
     "observability.prometheus_port": (None,),
 }

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
+from batchgen.ledger.additions import has_grown
 from batchgen.ledger.files import (
     commit_path,
     damaged,
@@ -57,7 +58,7 @@ class DeadLetters:
 class Commit:
     """A finished unit. Parts that no commit names do not exist."""
 
-    job_id: str
+    job_id: str  # of the file that planned the unit: job.json, or an addition
     run_id: str  # the process that committed it
     unit_id: int
     parts: tuple[Part, ...]  # in row order; their paths are relative to the output folder
@@ -125,7 +126,7 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
     Raises BatchgenError for a damaged file, and for one of another job.
     """
     commit = parse_json(_COMMIT, data, where)
-    if commit.job_id != job.job_id:
+    if commit.job_id != job.id_of_unit(commit.unit_id):
         raise BatchgenError(
             f"{where} is a commit of another job than the ledger's job.json. Either job.json was "
             "deleted or exchanged, or a runner of a job that had this folder before is still at "
@@ -139,10 +140,19 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
     return commit
 
 
+def list_commits_of(storage: Storage, job: StoredJob) -> list[str]:
+    """The paths of all commits but those of files that were added since `job` was read."""
+    paths = list_commits(storage)
+    planned = {commit_path(unit.unit_id) for unit in job.plan.units}
+    if planned.issuperset(paths) or not has_grown(storage, job):
+        return paths
+    return [path for path in paths if path in planned]
+
+
 def read_commits(storage: Storage, job: StoredJob) -> dict[int, Commit]:
     """All commits by unit, in unit order."""
     commits = [
         decode_commit(data, job, path, full_name(storage, path))
-        for path, data in read_many(storage, list_commits(storage))
+        for path, data in read_many(storage, list_commits_of(storage, job))
     ]
     return {commit.unit_id: commit for commit in sorted(commits, key=lambda c: c.unit_id)}

@@ -1,10 +1,13 @@
 """Names of the ledger's files, and reading them: many at once, and never trusting what they hold.
 
     job.json                         what the job is, and how its input is cut into units
+    added/<number>.json              files that came to the input later, and their units
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
     done-<job>.json                  the dataset is published: nothing is left to do
+    runs/<run>.json                  what the engine did in a run, for `batchgen status`
+    receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
 
 Every path is relative to the ledger's folder. A file that is in none of these shapes (such as the
 temporary file of a killed writer) does not exist for the ledger.
@@ -23,13 +26,20 @@ from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
+_ADDITION_PATTERN = re.compile(r"added/\d{6,}\.json")
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
+_RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
 _MAX_CONCURRENT_READS = 32
 
 T = TypeVar("T")
+
+
+def addition_path(index: int) -> str:
+    """Of the addition at `index`, from 0."""
+    return f"added/{index + 1:06d}.json"
 
 
 def commit_path(unit_id: int) -> str:
@@ -44,13 +54,26 @@ def partial_path(run_id: str, sequence: int) -> str:
     return f"partials/{run_id}-{sequence:06d}.partial"
 
 
+def run_path(run_id: str) -> str:
+    return f"runs/{run_id}.json"
+
+
 def done_path(job_id: str) -> str:
     return f"done-{job_id[:16]}.json"
+
+
+def receipt_path(time: str) -> str:
+    """`time` in ISO 8601; without colons, which not every disk has in names."""
+    return f"receipts/{time.replace(':', '')}.json"
 
 
 def full_name(storage: Storage, path: str) -> str:
     """A file's name as people may see it."""
     return redact(f"{storage.uri}/{path}")
+
+
+def list_additions(storage: Storage) -> list[str]:
+    return [path for path in storage.list("added") if _ADDITION_PATTERN.fullmatch(path)]
 
 
 def list_commits(storage: Storage) -> list[str]:
@@ -59,6 +82,10 @@ def list_commits(storage: Storage) -> list[str]:
 
 def list_partials(storage: Storage) -> list[str]:
     return [path for path in storage.list("partials") if _PARTIAL_PATTERN.fullmatch(path)]
+
+
+def list_runs(storage: Storage) -> list[str]:
+    return [path for path in storage.list("runs") if _RUN_PATTERN.fullmatch(path)]
 
 
 def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -12,6 +12,7 @@ from typing import Literal
 from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import JobChangedError, UsageError
 from batchgen.job.fingerprint import fingerprint_difference
+from batchgen.ledger.additions import has_grown, read_job
 from batchgen.ledger.commits import (
     Commit,
     DeadLetters,
@@ -30,6 +31,7 @@ from batchgen.ledger.files import (
     full_name,
     list_partials,
     partial_path,
+    run_path,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
 from batchgen.ledger.plan import (
@@ -37,9 +39,9 @@ from batchgen.ledger.plan import (
     StoredJob,
     decode_schema,
     encode_job,
-    read_job,
 )
-from batchgen.records import OutputRow, Part, RowFailure, RowResult, Unit
+from batchgen.ledger.runs import RunRecord, encode_run
+from batchgen.records import EngineStats, OutputRow, Part, RowFailure, RowResult, Unit
 
 ResumeMode = Literal["if_possible", "always", "never"]
 
@@ -73,16 +75,18 @@ class Ledger:
         resume: ResumeMode,
         fingerprint: Mapping[str, object],
         make_plan: Callable[[], LedgerPlan],
+        job: StoredJob | None = None,
     ) -> Ledger:
         """Opens the ledger in this folder, or begins it.
 
         `make_plan` reads the input; it is called only if there is no ledger. If another process
-        begins the ledger meanwhile, its plan counts.
+        begins the ledger meanwhile, its plan counts. `job` is what was read of the ledger before:
+        files that were added since then are not of this process.
 
         Raises JobChangedError if the ledger is of another fingerprint, UsageError if `resume`
         forbids what would happen, BatchgenError if the ledger is damaged.
         """
-        job = read_job(storage)
+        job = job or read_job(storage)
         if job is None:
             if resume == "always":
                 raise UsageError(
@@ -97,7 +101,7 @@ class Ledger:
                 "is deleted for you: go on with it by resume `if_possible`, choose another "
                 "output.uri, or delete the output folder yourself."
             )
-        _check_fingerprint(job, fingerprint, storage)
+        check_fingerprint(job, fingerprint, storage)
         return cls(storage, job, read_commits(storage, job))
 
     @property
@@ -113,6 +117,14 @@ class Ledger:
     def is_complete(self) -> bool:
         """Whether every unit is committed."""
         return len(self._committed) == len(self.plan.units)
+
+    def is_published(self) -> bool:
+        """Whether every unit is committed and the dataset is published: nothing is left to do."""
+        return self.is_complete and self._storage.exists(done_path(self._job.last_id))
+
+    def has_grown(self) -> bool:
+        """Whether another process has added files to the job since this one opened it."""
+        return has_grown(self._storage, self._job)
 
     def counts(self) -> RunCounts:
         """How the rows of committed units, and those flushed as partials, ended."""
@@ -142,7 +154,7 @@ class Ledger:
             return
         self._num_flushes += 1
         path = partial_path(self._run_id, self._num_flushes)
-        data = encode_partial(results, job_id=self._job.job_id, schema=self._schema)
+        data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
         try:
             self._storage.create(path, data)
         except FileExistsError:
@@ -174,7 +186,7 @@ class Ledger:
         num_rows = sum(len(result.rows) for result in results if isinstance(result, OutputRow))
         assert num_rows == sum(part.num_rows for part in parts), f"parts of unit {unit.unit_id}"
         commit = Commit(
-            job_id=self._job.job_id,
+            job_id=self._job.id_of_unit(unit.unit_id),
             run_id=self._run_id,
             unit_id=unit.unit_id,
             parts=tuple(parts),
@@ -194,9 +206,15 @@ class Ledger:
         self._add_commit(commit)
         return stored == data
 
+    def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
+        """Keeps what the engine has done in this run, in the place of what was kept before."""
+        run_id = self._run_id
+        run = RunRecord(job_id=self._job.job_id, run_id=run_id, wall_s=wall_s, engine=engine)
+        self._storage.put(run_path(run_id), encode_run(run))
+
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only."""
-        if self.is_complete:
+        if self.is_complete and not self.has_grown():
             stale = list_partials(self._storage)
         else:
             stale = [
@@ -212,8 +230,8 @@ class Ledger:
         """Notes that the dataset is published: from now on its status is "done"."""
         assert self.is_complete
         self.clean()
-        job_id = self._job.job_id
-        self._storage.put(done_path(job_id), json.dumps({"job_id": job_id}).encode())
+        last_id = self._job.last_id
+        self._storage.put(done_path(last_id), json.dumps({"job_id": last_id}).encode())
 
     def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
         failures = [result for result in results if isinstance(result, RowFailure)]
@@ -244,7 +262,7 @@ def _begin(storage: Storage, fingerprint: Mapping[str, object], plan: LedgerPlan
     return job
 
 
-def _check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
+def check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
     """Raises JobChangedError if the ledger is of another job."""
     new = json.loads(json.dumps(fingerprint))  # as job.json would hold it: tuples are lists
     if new == job.fingerprint:

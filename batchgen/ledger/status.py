@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from batchgen.dataset.storage import Storage
+from batchgen.ledger.additions import read_job
 from batchgen.ledger.commits import RunCounts, count_results, read_commits, sum_counts
 from batchgen.ledger.files import done_path
 from batchgen.ledger.partials import merge_partials, read_partials
-from batchgen.ledger.plan import read_job
+from batchgen.ledger.runs import RunRecord, read_runs, runs_status
 
 
 def read_status(storage: Storage) -> dict[str, object]:
-    """`state`, and counts of `rows`, `units` and `tokens`.
+    """`state`, counts of `rows`, `units` and `tokens`, and what the engine did in all `runs`.
 
     `state` is "absent" (no ledger), "done" (the dataset is complete and published) or
     "incomplete". Whether a runner is at work right now cannot be known from files, so no state
@@ -21,22 +24,28 @@ def read_status(storage: Storage) -> dict[str, object]:
     """
     job = read_job(storage)
     if job is None:
-        return _status("absent", RunCounts(total=0), num_units=0, num_committed=0)
+        return _status("absent", RunCounts(total=0), [], num_units=0, num_committed=0)
     commits = read_commits(storage, job)
     partials = [results for _, results in read_partials(storage, job)]
     counts = [commit.counts for commit in commits.values()]
     counts += [count_results(rows) for rows in merge_partials(partials, commits).values()]
-    is_done = len(commits) == len(job.plan.units) and storage.exists(done_path(job.job_id))
+    is_done = len(commits) == len(job.plan.units) and storage.exists(done_path(job.last_id))
     return _status(
         "done" if is_done else "incomplete",
         sum_counts(counts, total=job.plan.num_rows),
+        read_runs(storage, job),
         num_units=len(job.plan.units),
         num_committed=len(commits),
     )
 
 
 def _status(
-    state: str, counts: RunCounts, *, num_units: int, num_committed: int
+    state: str,
+    counts: RunCounts,
+    runs: Sequence[RunRecord],
+    *,
+    num_units: int,
+    num_committed: int,
 ) -> dict[str, object]:
     return {
         "state": state,
@@ -48,4 +57,5 @@ def _status(
         },
         "units": {"total": num_units, "committed": num_committed},
         "tokens": {"prompt": counts.prompt_tokens, "output": counts.output_tokens},
+        "runs": runs_status(runs),
     }

@@ -31,6 +31,7 @@ class RunProgress:
     failed_rows: int = 0
     skipped_rows: int = 0
     engine: EngineStats = field(default_factory=EngineStats)
+    budget_share: float | None = None  # of the limit that is nearest; None without a budget
 
     @property
     def ended_rows(self) -> int:
@@ -73,11 +74,12 @@ def progress_text(progress: RunProgress, rates: Rates) -> str:
     engine = progress.engine
     kv_used = engine.blocks_used / engine.blocks_total if engine.blocks_total else 0.0
     remaining = progress.total_rows - progress.ended_rows
+    budget = "" if progress.budget_share is None else f"budget {progress.budget_share:.0%}, "
     time_left = format_duration(remaining / rates.rows) if rates.rows > 0 else "?"
     return (
         f"{_short(rates.rows)} rows/s, {_short(rates.prompt_tokens)} in/s, "
         f"{_short(rates.output_tokens)} out/s, KV {kv_used:.0%}, "
-        f"{progress.failed_rows} failed, {time_left} left"
+        f"{progress.failed_rows} failed, {budget}{time_left} left"
     )
 
 

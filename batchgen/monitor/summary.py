@@ -23,6 +23,7 @@ class RunSummary:
     engine: EngineStats | None = None  # None where no model was loaded
     dead_letters: Mapping[str, int] = field(default_factory=dict)  # failed rows by kind
     dead_letters_uri: str = ""
+    budget: str = ""  # what is used of it; empty without one
 
     def __post_init__(self) -> None:
         ended = self.ok_rows + self.failed_rows + self.skipped_rows
@@ -36,7 +37,9 @@ def summary_text(run: RunSummary) -> str:
         f"+ {run.skipped_rows:,} skipped" + _earlier(run)
     ]
     if run.engine is not None:
-        lines += [_speed(run, run.engine), _kv(run.engine)]
+        lines += [_speed(run, run.engine), kv_text(run.engine)]
+    if run.budget:
+        lines.append(f"budget: {run.budget}")
     if run.failed_rows:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(run.dead_letters.items()))
         lines.append(f"dead letters: {kinds}, in {run.dead_letters_uri}")
@@ -61,7 +64,8 @@ def _speed(run: RunSummary, engine: EngineStats) -> str:
     )
 
 
-def _kv(engine: EngineStats) -> str:
+def kv_text(engine: EngineStats) -> str:
+    """What became of the KV: waste, prefixes, sharing, swapping."""
     hits = engine.cached_prompt_tokens / engine.prompt_tokens if engine.prompt_tokens else 0.0
     merged = (
         f"{engine.merged_prompts:,} duplicates computed once, " if engine.merged_prompts else ""
@@ -72,8 +76,13 @@ def _kv(engine: EngineStats) -> str:
         if engine.peak_saved_blocks
         else ""
     )
+    read_once = (
+        f"{engine.prefix_blocks_saved:,} reads of shared prefix blocks saved, "
+        if engine.prefix_blocks_saved
+        else ""
+    )
     return (
         f"KV: {engine.kv_waste:.1%} wasted, {hits:.0%} of prompt tokens from the prefix cache, "
-        f"{saved}{merged}"
+        f"{saved}{read_once}{merged}"
         f"{engine.swapped_out_blocks:,} blocks swapped out and {engine.swapped_in_blocks:,} in"
     )

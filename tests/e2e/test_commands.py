@@ -47,13 +47,23 @@ def refused(*arguments: str | Path, code: int = 2) -> str:
 
 def test_help_and_version() -> None:
     shown = batchgen("--help").stdout
-    for name in ("run", "validate", "preview", "plan", "status", "schema", "init", "bench"):
+    for name in (
+        "run",
+        "validate",
+        "preview",
+        "plan",
+        "status",
+        "verify",
+        "schema",
+        "init",
+        "bench",
+    ):
         assert f"\n  {name} " in shown
-    assert "verify" not in shown
+    assert "retry" not in shown
     assert batchgen("--version").stdout.startswith("batchgen, version 0")
 
 
-@pytest.mark.parametrize("name", ["errors", "retry", "verify", "doctor", "report"])
+@pytest.mark.parametrize("name", ["errors", "retry", "doctor", "report"])
 def test_a_command_that_is_not_built_says_so(name: str) -> None:
     assert f"`batchgen {name}` is not built yet" in refused(name, "job.yaml", "--what")
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from batchgen.errors import BatchgenError, ErrorRateExceeded, Preempted
+from batchgen.errors import (
+    BatchgenError,
+    BudgetReached,
+    ErrorRateExceeded,
+    Preempted,
+    StorageError,
+)
 from batchgen.pipeline import Channel, Engine, FailureGate, Pipeline, Stages
 from batchgen.records import (
     Completion,
@@ -116,6 +122,7 @@ def make_stages(**changes: object) -> Stages:
         "engine": ReversingEngine(),
         "saver": ListSaver(),
         "gate": FailureGate(fail_on_first=False, max_error_rate=1.0, window=10),
+        "charge": lambda _: None,
         "watch": lambda: None,
     }
     return Stages(**{**defaults, **changes})  # type: ignore[arg-type]
@@ -303,6 +310,55 @@ def test_a_stop_from_the_watch_saves_what_has_finished() -> None:
     with pytest.raises(Preempted):
         run_pipeline(make_stages(engine=engine, saver=saver, watch=watch), make_units(1, 90_000))
     assert saver.flushed
+
+
+def test_a_stop_from_a_charge_saves_the_rows_that_were_charged_and_no_others() -> None:
+    saver = ListSaver()
+    charged: list[RowKey] = []
+
+    def charge(completions: Sequence[Completion]) -> BatchgenError | None:
+        charged.extend(completion.key for completion in completions)
+        return BudgetReached("enough") if len(charged) >= 120 else None
+
+    engine = ReversingEngine(batch=50, delay_s=0.05)
+    with pytest.raises(BudgetReached):
+        run_pipeline(make_stages(engine=engine, saver=saver, charge=charge), make_units(4, 500))
+    assert {result.key for result in saver.flushed} == set(charged)
+    assert 120 <= len(saver.flushed) == len(charged) < 170
+
+
+@pytest.mark.parametrize("method", ["commit", "flush"])
+def test_a_stop_whose_rows_could_not_be_saved_does_not_say_that_they_were(method: str) -> None:
+    reasons: list[BatchgenError] = []
+    is_stopping = threading.Event()
+
+    def charge(completions: Sequence[Completion]) -> BatchgenError | None:
+        reasons.append(BudgetReached("enough; finished rows are saved"))
+        return reasons[-1]
+
+    class LateSaver(ListSaver):
+        """Saves nothing before the run is being stopped, and then fails."""
+
+        def finish(
+            self, completions: Sequence[Completion], rows: Sequence[InputRow]
+        ) -> list[OutputRow]:
+            assert is_stopping.wait(60)
+            return super().finish(completions, rows)
+
+    class StoppingEngine(ReversingEngine):
+        def stop(self) -> None:
+            super().stop()
+            is_stopping.set()
+
+    def fail(*_: object) -> None:
+        raise StorageError("cannot write: the disk is full")
+
+    saver = LateSaver()
+    setattr(saver, method, fail)
+    stages = make_stages(engine=StoppingEngine(batch=50), saver=saver, charge=charge)
+    with pytest.raises(StorageError, match="the disk is full") as caught:
+        run_pipeline(stages, make_units(8, 25))
+    assert caught.value.__cause__ is reasons[0]
 
 
 def gate_and_make(bad: Callable[[int], bool]) -> Callable[[Sequence[InputRow]], list[object]]:

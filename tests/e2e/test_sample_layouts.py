@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from standin import StandInEngine
 from batchgen.errors import Preempted
 from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
-from batchgen.runner import open_ledger_storage, run_job
+from batchgen.runner import run_job
+from batchgen.startup import open_ledger_storage
 
 NUM_ROWS = 150
 NUM_SAMPLES = 3
@@ -120,6 +122,12 @@ def test_the_command_gives_the_same_samples_in_both_layouts(
         assert done.returncode == 0, done.stderr
         assert "rows: 20 = 20 ok" in done.stderr
         assert "saved by sharing" in done.stderr
+        [kv] = [line for line in done.stderr.splitlines() if line.startswith("KV: ")]
+        assert kv in batchgen("status", job).stdout.splitlines()
+        runs = json.loads(batchgen("status", "--json", job).stdout)["runs"]
+        assert runs["count"] == 1
+        assert runs["engine"]["peak_saved_blocks"] > 0
+        assert runs["engine"]["swapped_out_blocks"] == 0
         seen[layout] = read_output(tmp_path / layout)
     grouped = itertools.groupby(seen["explode"], key=lambda row: row["row_address"])
     samples = [list(group) for _, group in grouped]

@@ -20,9 +20,11 @@ RANKS = (
     ("kernels", "job", "dataset.storage"),
     ("dataset", "prompts", "ledger", "models", "monitor"),
     ("engine",),
-    ("units",),
+    ("units", "verify"),
     ("pipeline",),
+    ("startup",),
     ("runner",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )

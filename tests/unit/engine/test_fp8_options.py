@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from batchgen.cli import _bench_spec
+from batchgen.commands.bench import bench_spec
 from batchgen.engine.build import build_engine
 from batchgen.engine.config import EngineOptions, SamplingOptions
 from batchgen.engine.from_job import engine_options
@@ -37,15 +37,15 @@ def config(**changes: Any) -> ModelConfig:
 
 
 def test_both_keys_reach_the_engine() -> None:
-    spec = _bench_spec("m", [])
+    spec = bench_spec("m", [])
     assert engine_options(spec.engine, spec.model) == EngineOptions()
-    spec = _bench_spec("m", ["model.quantization=fp8", "engine.kv_cache_dtype=fp8"])
+    spec = bench_spec("m", ["model.quantization=fp8", "engine.kv_cache_dtype=fp8"])
     expected = EngineOptions(quantization="fp8", kv_cache_dtype="fp8")
     assert engine_options(spec.engine, spec.model) == expected
 
 
 def test_bench_takes_keys_of_engine_and_model() -> None:
-    spec = _bench_spec("m", ["max_num_seqs=4", "engine.block_size=8", "model.dtype=float32"])
+    spec = bench_spec("m", ["max_num_seqs=4", "engine.block_size=8", "model.dtype=float32"])
     assert (spec.engine.max_num_seqs, spec.engine.block_size) == (4, 8)
     assert (spec.model.name_or_path, spec.model.dtype) == ("m", "float32")
 
@@ -64,7 +64,7 @@ def test_bench_takes_keys_of_engine_and_model() -> None:
 )
 def test_bench_refuses_by_name(override: str, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
-        _bench_spec("m", [override])
+        bench_spec("m", [override])
     assert text in str(caught.value)
 
 

@@ -66,6 +66,8 @@ def test_what_changes_the_output_changes_it(load_text, minimal, override, line):
         "checkpoint.flush_interval=1s",
         "errors.on_error=fail",
         "errors.window=9",
+        "budget.max_wall_time=8h",
+        "budget.max_output_tokens=1000",
         "observability.progress=none",
         "output.compression=null",
         "output.max_shard_rows=9",

@@ -33,8 +33,6 @@ UNBUILT = {
     "preemption.drain_timeout": "30s",
     "distributed.backend": "slurm",
     "distributed.workers": "2",
-    "budget.max_wall_time": "2h",
-    "budget.max_output_tokens": "1000",
     "observability.log_format": "json",
     "observability.prometheus_port": "9090",
 }

@@ -161,6 +161,7 @@ def test_status_tells_where_the_job_stands(tmp_path):
         "rows": {"total": 0, "ok": 0, "failed": 0, "skipped": 0},
         "units": {"total": 0, "committed": 0},
         "tokens": {"prompt": 0, "output": 0},
+        "runs": {"count": 0, "wall_s": 0, "engine": None},
     }
     ledger = open_ledger(storage)
     assert read_status(storage)["state"] == "incomplete"
@@ -173,6 +174,7 @@ def test_status_tells_where_the_job_stands(tmp_path):
         "rows": {"total": 5, "ok": 3, "failed": 1, "skipped": 1},
         "units": {"total": 2, "committed": 1},
         "tokens": {"prompt": 30, "output": 6},
+        "runs": {"count": 0, "wall_s": 0, "engine": None},
     }
     assert storage.list() == files
     commit_all(ledger, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import os
@@ -72,6 +73,8 @@ def test_the_text() -> None:
     assert progress_text(progress, rates) == (
         "2.5 rows/s, 12.3k in/s, 678 out/s, KV 45%, 8 failed, 6:00 left"
     )
+    spending = dataclasses.replace(progress, budget_share=0.424)
+    assert progress_text(spending, rates).endswith("KV 45%, 8 failed, budget 42%, 6:00 left")
     idle = Rates(rows=0, prompt_tokens=0, output_tokens=0)
     assert progress_text(RunProgress(total_rows=0), idle).endswith("KV 0%, 0 failed, ? left")
     assert [format_duration(s) for s in (0, 59.6, 3600)] == ["0:00", "1:00", "1:00:00"]

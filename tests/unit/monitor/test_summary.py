@@ -25,18 +25,22 @@ def test_the_summary_of_a_run() -> None:
             kv_saved=0.314,
             peak_saved_blocks=5000,
             copied_blocks=70,
+            prefix_blocks_saved=4000,
             swapped_out_blocks=1200,
             swapped_in_blocks=1100,
         ),
         dead_letters={"prompt_too_long": 5, "empty_prompt": 2},
         dead_letters_uri="out/translate/.batchgen/dead",
+        budget="50,000 of 80,000 output tokens",
     )
     assert summary_text(run).splitlines() == [
         "rows: 1,200 = 1,190 ok + 7 failed + 3 skipped (200 done before this run)",
         "time: 1:40, 10.0 rows/s, 90,000 prompt tokens (900/s), 50,000 output tokens (500/s)",
         "KV: 2.1% wasted, 67% of prompt tokens from the prefix cache, "
         "31.4% saved by sharing (5,000 blocks at the peak, 70 copied), "
+        "4,000 reads of shared prefix blocks saved, "
         "1,200 blocks swapped out and 1,100 in",
+        "budget: 50,000 of 80,000 output tokens",
         "dead letters: 2 empty_prompt, 5 prompt_too_long, in out/translate/.batchgen/dead",
         "dataset: out/translate",
     ]

@@ -1,0 +1,81 @@
+"""What a job has come to: `status`, `verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchgen.commands.options import job_options, load_spec
+from batchgen.errors import StorageError
+
+
+@click.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def status(
+    job: Path,
+    overrides: tuple[str, ...],
+    params: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Print how far a job is, from its ledger alone."""
+    spec = load_spec(job, overrides, params, limit)
+    from batchgen.ledger import read_status
+    from batchgen.monitor.summary import kv_text
+    from batchgen.records import EngineStats
+    from batchgen.startup import open_ledger_storage
+
+    state: dict[str, Any] = read_status(open_ledger_storage(spec))
+    used, max_tokens = state["tokens"]["output"], spec.budget.max_output_tokens
+    state["budget"] = {"output_tokens": {"used": used, "max": max_tokens}}
+    if as_json:
+        click.echo(json.dumps(state))
+        return
+    rows = state["rows"]
+    click.echo(
+        f"{spec.name}: {state['state']}; {rows['total']} rows: {rows['ok']} ok, "
+        f"{rows['failed']} failed, {rows['skipped']} skipped"
+        + ("" if max_tokens is None else f"; {used} of {max_tokens} output tokens used")
+    )
+    if (totals := state["runs"]["engine"]) is not None:
+        click.echo(kv_text(EngineStats(**totals)))
+
+
+@click.command()
+@job_options
+@click.option("--json", "as_json", is_flag=True, help="Print the receipt: one JSON object.")
+def verify(
+    job: Path,
+    overrides: tuple[str, ...],
+    params: tuple[str, ...],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Read the output again, compare it with the ledger, and leave a receipt there."""
+    spec = load_spec(job, overrides, params, limit)
+    from batchgen.dataset.storage import redact
+    from batchgen.startup import open_ledger_storage
+    from batchgen.verify import encode_receipt, receipt_text, verdict, verify_job, write_receipt
+
+    ledger = open_ledger_storage(spec)
+    receipt = verify_job(spec, ledger)
+    error = verdict(receipt)
+    # Shown first: a store that refuses the receipt must not withhold the answer.
+    if as_json:
+        click.echo(encode_receipt(receipt))
+    else:
+        click.echo(receipt_text(receipt), err=True)
+    try:
+        path = write_receipt(ledger, receipt)
+    except StorageError as refused:
+        if error is None:
+            raise
+        click.echo(f"no receipt was kept: {refused}", err=True)
+    else:
+        click.echo(f"receipt: {redact(ledger.uri)}/{path}", err=True)
+    if error is not None:
+        raise error
