@@ -7,7 +7,6 @@ no ledger behind, and a job that is done loads no torch.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,10 +29,11 @@ from batchgen.ledger import (
     Ledger,
     LedgerPlan,
     RunCounts,
+    count_kinds,
     decode_schema,
+    decoded,
     encode_schema,
     read_job,
-    read_status,
 )
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.registry import ModelFiles, load_config, load_tokenizer, resolve_model
@@ -110,7 +110,7 @@ def run_job(
     """
     started = time.monotonic()
     job = open_job(spec)
-    if job.ledger.is_complete and read_status(job.ledger_storage)["state"] == "done":
+    if job.ledger.is_published():
         return _report(job, earlier_rows=job.ledger.counts().ended)
     recovered = job.ledger.load_partials()
     earlier_rows = job.ledger.counts().ended
@@ -157,8 +157,7 @@ def open_job(spec: JobSpec) -> OpenJob:
     text_model = None
     if stored is None:
         plan = check_job(spec)
-        if read_job(ledger_storage) is None:  # unless another runner began it meanwhile
-            _refuse_foreign_files(output)
+        _refuse_foreign_files(output, ledger_storage)
         _probe(output)
         model_files = resolve_model(spec.model)
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
@@ -312,8 +311,7 @@ def _report(
     kinds: Counter[str] = Counter()
     for commit in job.ledger.committed.values():
         if commit.dead_letters is not None:
-            letters = job.ledger_storage.read(commit.dead_letters.path).splitlines()
-            kinds.update(json.loads(letter)["kind"] for letter in letters)
+            kinds += count_kinds(job.ledger_storage, commit.dead_letters)
     summary = RunSummary(
         uri=redact(job.spec.output.uri),
         total_rows=counts.total,
@@ -374,10 +372,12 @@ def _committed_parts(ledger: Ledger) -> list[Part]:
     ]
 
 
-def _refuse_foreign_files(output: Storage) -> None:
+def _refuse_foreign_files(output: Storage, ledger_storage: Storage) -> None:
     """Raises UsageError if a folder without our ledger holds files, which are not ours then."""
     found = [path for path in output.list() if path != _PROBE]
-    if found:
+    # Asked after the listing: job.json is there before every other file of a runner that began
+    # the job meanwhile.
+    if found and read_job(ledger_storage) is None:
         raise UsageError(
             f"output.uri {redact(output.uri)} is not empty ({found[0]} and "
             f"{len(found) - 1} more files) and holds no ledger of a run; choose another folder"
@@ -389,11 +389,15 @@ def _claim(output: Storage, job_id: str) -> None:
     try:
         output.create(_OWNER, job_id.encode())
     except FileExistsError:
-        if output.read(_OWNER) != job_id.encode():
-            raise UsageError(
-                f"output.uri {redact(output.uri)} belongs to another job, whose ledger is "
-                "elsewhere; choose another folder"
-            ) from None
+
+        def check(owner: bytes) -> None:
+            if owner != job_id.encode():
+                raise UsageError(
+                    f"output.uri {redact(output.uri)} belongs to another job, whose ledger is "
+                    "elsewhere; choose another folder"
+                )
+
+        decoded(output, _OWNER, output.read(_OWNER), check)
 
 
 def _probe(output: Storage) -> None:

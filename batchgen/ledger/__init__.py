@@ -1,6 +1,7 @@
 """Which rows are done: units, partials, commits and dead letters, as files and nothing else."""
 
-from batchgen.ledger.commits import Commit, DeadLetters, RunCounts
+from batchgen.ledger.commits import Commit, DeadLetters, RunCounts, count_kinds
+from batchgen.ledger.files import decoded
 from batchgen.ledger.ledger import Ledger
 from batchgen.ledger.plan import LedgerPlan, decode_schema, encode_schema, read_job
 from batchgen.ledger.status import read_status
@@ -11,7 +12,9 @@ __all__ = [
     "Ledger",
     "LedgerPlan",
     "RunCounts",
+    "count_kinds",
     "decode_schema",
+    "decoded",
     "encode_schema",
     "read_job",
     "read_status",

@@ -13,7 +13,7 @@ temporary file of a killed writer) does not exist for the ledger.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
 _MAX_CONCURRENT_READS = 32
+_MAX_READS = 5
 
 T = TypeVar("T")
 
@@ -74,6 +75,23 @@ def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, byt
         for path, data in zip(paths, pool.map(read, paths), strict=True):
             if data is not None:
                 yield path, data
+
+
+def decoded(storage: Storage, path: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the file, which was read as `data`.
+
+    Where it raises, the file is read again: the answer may have been cut short on its way. The
+    error of bytes that come twice is the file's, and is raised.
+    """
+    for _ in range(_MAX_READS):
+        try:
+            return decode(data)
+        except BatchgenError:
+            again = storage.read(path)
+            if again == data:
+                raise
+            data = again
+    return decode(data)
 
 
 def parse_json(adapter: TypeAdapter[T], data: bytes, where: str) -> T:

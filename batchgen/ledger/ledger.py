@@ -17,7 +17,7 @@ from batchgen.ledger.commits import (
     DeadLetters,
     RunCounts,
     count_results,
-    decode_commit,
+    decode_stored_commit,
     encode_commit,
     encode_dead_letters,
     read_commits,
@@ -27,7 +27,6 @@ from batchgen.ledger.files import (
     JOB_PATH,
     commit_path,
     done_path,
-    full_name,
     list_partials,
     partial_path,
 )
@@ -114,6 +113,10 @@ class Ledger:
         """Whether every unit is committed."""
         return len(self._committed) == len(self.plan.units)
 
+    def is_published(self) -> bool:
+        """Whether every unit is committed and the dataset was published: nothing is left to do."""
+        return self.is_complete and self._storage.exists(done_path(self._job.job_id))
+
     def counts(self) -> RunCounts:
         """How the rows of committed units, and those flushed as partials, ended."""
         return self._counts
@@ -143,12 +146,10 @@ class Ledger:
         self._num_flushes += 1
         path = partial_path(self._run_id, self._num_flushes)
         data = encode_partial(results, job_id=self._job.job_id, schema=self._schema)
-        try:
+        # It exists already where the store's client has repeated a write that had succeeded:
+        # nobody else writes under this run's name.
+        with contextlib.suppress(FileExistsError):
             self._storage.create(path, data)
-        except FileExistsError:
-            # The store's client tried again after a write that had succeeded: nobody else
-            # writes under this run's name.
-            assert self._storage.read(path) == data
         self._units_of_partial[path] = _units_of(results)
         for unit_id, rows in merge_partials([results], self._committed).items():
             before = self._flushed.get(unit_id, RunCounts(total=0))
@@ -183,16 +184,15 @@ class Ledger:
             wall_s=wall_s,
         )
         path = commit_path(unit.unit_id)
-        data = stored = encode_commit(commit)
         try:
-            self._storage.create(path, data)
+            self._storage.create(path, encode_commit(commit))
         except FileExistsError:
             # Another runner's, or ours: a store's client may try again after a write that had
             # succeeded. The run_id within makes the two differ.
             stored = self._storage.read(path)
-            commit = decode_commit(stored, self._job, path, full_name(self._storage, path))
+            commit = decode_stored_commit(self._storage, self._job, path, stored)
         self._add_commit(commit)
-        return stored == data
+        return commit.run_id == self._run_id
 
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only."""

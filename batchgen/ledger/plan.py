@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import UnsupportedError
-from batchgen.ledger.files import JOB_PATH, damaged, full_name, parse_json
+from batchgen.ledger.files import JOB_PATH, damaged, decoded, full_name, parse_json
 from batchgen.records import InputFile, Unit
 
 FORMAT_VERSION = 1
@@ -150,7 +150,8 @@ def read_job(storage: Storage) -> StoredJob | None:
         data = storage.read(JOB_PATH)
     except FileNotFoundError:
         return None
-    return decode_job(data, full_name(storage, JOB_PATH))
+    where = full_name(storage, JOB_PATH)
+    return decoded(storage, JOB_PATH, data, lambda stored: decode_job(stored, where))
 
 
 def _to_cuts(plan: LedgerPlan) -> tuple[_StoredFile, ...]:
