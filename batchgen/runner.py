@@ -52,7 +52,7 @@ from batchgen.records import (
     RowFailure,
     RowResult,
 )
-from batchgen.units import FinishedUnit, UnitSaver
+from batchgen.units import FinishedUnit, UnitSaver, units_to_do
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -115,6 +115,7 @@ def run_job(
     recovered = job.ledger.load_partials()
     earlier_rows = job.ledger.counts().ended
     stats = _generate(job, recovered, make_engine or load_engine, max_rows)
+    job.ledger.load_new_commits()
     counts = job.ledger.counts()
     parts = _committed_parts(job.ledger)
     num_written = sum(part.num_rows for part in parts)
@@ -284,7 +285,7 @@ def _generate(
             flush_interval_s = spec.checkpoint.flush_interval
             pipeline = Pipeline(stages, max_rows=max_rows, flush_interval_s=flush_interval_s)
             try:
-                pipeline.run(units, recovered)
+                pipeline.run(units_to_do(ledger, units), recovered)
             finally:
                 watch()  # what is shown last is how it ended
     return engine.stats()

@@ -4,6 +4,7 @@
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
+    claims/<unit>.json               some runner is, or was, at work on the unit: a hint, no lock
     done-<job>.json                  the dataset is published: nothing is left to do
 
 Every path is relative to the ledger's folder. A file that is in none of these shapes (such as the
@@ -24,6 +25,7 @@ from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
+_CLAIM_PATTERN = re.compile(r"claims/\d{8,}\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
@@ -35,6 +37,10 @@ T = TypeVar("T")
 
 def commit_path(unit_id: int) -> str:
     return f"commits/{unit_id:08d}.json"
+
+
+def claim_path(unit_id: int) -> str:
+    return f"claims/{unit_id:08d}.json"
 
 
 def dead_letters_path(unit_id: int, sha256: str) -> str:
@@ -56,6 +62,10 @@ def full_name(storage: Storage, path: str) -> str:
 
 def list_commits(storage: Storage) -> list[str]:
     return [path for path in storage.list("commits") if _COMMIT_PATTERN.fullmatch(path)]
+
+
+def list_claims(storage: Storage) -> list[str]:
+    return [path for path in storage.list("claims") if _CLAIM_PATTERN.fullmatch(path)]
 
 
 def list_partials(storage: Storage) -> list[str]:

@@ -25,10 +25,13 @@ from batchgen.ledger.commits import (
 )
 from batchgen.ledger.files import (
     JOB_PATH,
+    claim_path,
     commit_path,
     done_path,
+    list_claims,
     list_partials,
     partial_path,
+    read_many,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
 from batchgen.ledger.plan import (
@@ -139,6 +142,32 @@ class Ledger:
         self._count()
         return merged
 
+    def claim(self, unit: Unit) -> bool:
+        """Say that this runner begins the unit; False if one, perhaps a dead one, has begun it.
+
+        It spares runners each other's work, and nothing rests on it: `commit` alone decides, so
+        that claims need no clock and no renewal. Any thread may call it, and `has_commit`.
+        """
+        try:
+            self._storage.create(claim_path(unit.unit_id), self._run_id.encode())
+        except FileExistsError:
+            return False
+        return True
+
+    def has_commit(self, unit: Unit) -> bool:
+        """Whether any runner has committed the unit by now."""
+        return self._storage.exists(commit_path(unit.unit_id))
+
+    def load_new_commits(self) -> None:
+        """Take note of what other runners have committed."""
+        paths = [
+            commit_path(unit.unit_id)
+            for unit in self.plan.units
+            if unit.unit_id not in self._committed
+        ]
+        for path, data in read_many(self._storage, paths):
+            self._add_commit(decode_stored_commit(self._storage, self._job, path, data))
+
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
         if not results:
@@ -192,12 +221,13 @@ class Ledger:
             stored = self._storage.read(path)
             commit = decode_stored_commit(self._storage, self._job, path, stored)
         self._add_commit(commit)
+        self._storage.delete([claim_path(unit.unit_id)])
         return commit.run_id == self._run_id
 
     def clean(self) -> None:
-        """Deletes the partials that hold rows of committed units only."""
+        """Deletes the partials that hold rows of committed units only, and claims at the end."""
         if self.is_complete:
-            stale = list_partials(self._storage)
+            stale = [*list_partials(self._storage), *list_claims(self._storage)]
         else:
             stale = [
                 path

@@ -79,11 +79,12 @@ def result_of(world: World) -> dict[str, bytes]:
 def without_garbage(world: World) -> World:
     """The world without what a late listing may have hidden from those who clean up."""
     named = {f"{OUT}/{part['filename']}" for part in read_state(world)["_data_files"]}
+    late = (f"{LEDGER}/partials/", f"{LEDGER}/claims/", f"{OUT}/data/")
     return World(
         objects={
             path: data
             for path, data in world.objects.items()
-            if not path.startswith((f"{LEDGER}/partials/", f"{OUT}/data/")) or path in named
+            if path in named or not path.startswith(late)
         }
     )
 
