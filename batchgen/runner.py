@@ -5,7 +5,6 @@ What comes before the model's weights is `startup`. A job that is done loads no 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from batchgen.dataset.writer import check_values, publish
 from batchgen.engine.from_job import engine_options, sampling_options
 from batchgen.errors import BatchgenError, BudgetReached, Interrupted, Preempted
 from batchgen.job.spec import JobSpec
-from batchgen.ledger import Ledger, RunCounts
+from batchgen.ledger import Ledger, RunCounts, count_kinds
 from batchgen.monitor.budget import Budget, budget_text
 from batchgen.monitor.preemption import SignalWatch, StopReason
 from batchgen.monitor.progress import Progress
@@ -38,7 +37,7 @@ from batchgen.records import (
     RowResult,
 )
 from batchgen.startup import OpenJob, TextModel, load_text_model, open_job, probe
-from batchgen.units import FinishedUnit, UnitSaver
+from batchgen.units import FinishedUnit, UnitSaver, units_to_do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +88,7 @@ def _run_to_publication(
     earlier = job.ledger.counts()
     budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
     stats = _generate(job, recovered, budget, make_engine, max_rows)
+    job.ledger.load_new_commits()
     counts = job.ledger.counts()
     parts = _committed_parts(job.ledger)
     num_written = sum(part.num_rows for part in parts)
@@ -192,7 +192,7 @@ def _generate(
             flush_interval_s = spec.checkpoint.flush_interval
             pipeline = Pipeline(stages, max_rows=max_rows, flush_interval_s=flush_interval_s)
             try:
-                pipeline.run(units, recovered)
+                pipeline.run(units_to_do(ledger, units), recovered)
             except BudgetReached:
                 if not ledger.is_complete:  # else it was reached by the very last rows
                     raise
@@ -222,8 +222,7 @@ def _report(
     kinds: Counter[str] = Counter()
     for commit in job.ledger.committed.values():
         if commit.dead_letters is not None:
-            letters = job.ledger_storage.read(commit.dead_letters.path).splitlines()
-            kinds.update(json.loads(letter)["kind"] for letter in letters)
+            kinds += count_kinds(job.ledger_storage, commit.dead_letters)
     summary = RunSummary(
         uri=redact(job.spec.output.uri),
         total_rows=counts.total,

@@ -26,6 +26,7 @@ from batchgen.ledger import (
     add_files,
     check_fingerprint,
     decode_schema,
+    decoded,
     encode_schema,
     read_job,
 )
@@ -74,8 +75,7 @@ def open_job(spec: JobSpec) -> OpenJob:
     text_model = None
     if stored is None:
         plan = check_job(spec)
-        if read_job(ledger_storage) is None:  # unless another runner began it meanwhile
-            _refuse_foreign_files(output)
+        _refuse_foreign_files(output, ledger_storage)
         probe(output)
         model_files = resolve_model(spec.model)
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
@@ -188,10 +188,12 @@ def load_text_model(spec: JobSpec, files: ModelFiles) -> TextModel:
     )
 
 
-def _refuse_foreign_files(output: Storage) -> None:
+def _refuse_foreign_files(output: Storage, ledger_storage: Storage) -> None:
     """Raises UsageError if a folder without our ledger holds files, which are not ours then."""
     found = [path for path in output.list() if path != _PROBE]
-    if found:
+    # Asked after the listing: job.json is there before every other file of a runner that began
+    # the job meanwhile.
+    if found and read_job(ledger_storage) is None:
         raise UsageError(
             f"output.uri {redact(output.uri)} is not empty ({found[0]} and "
             f"{len(found) - 1} more files) and holds no ledger of a run; choose another folder"
@@ -225,11 +227,15 @@ def _claim(output: Storage, job_id: str) -> None:
     try:
         output.create(_OWNER, job_id.encode())
     except FileExistsError:
-        if output.read(_OWNER) != job_id.encode():
-            raise UsageError(
-                f"output.uri {redact(output.uri)} belongs to another job, whose ledger is "
-                "elsewhere; choose another folder"
-            ) from None
+
+        def check(owner: bytes) -> None:
+            if owner != job_id.encode():
+                raise UsageError(
+                    f"output.uri {redact(output.uri)} belongs to another job, whose ledger is "
+                    "elsewhere; choose another folder"
+                )
+
+        decoded(output, _OWNER, output.read(_OWNER), check)
 
 
 def probe(output: Storage) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -51,6 +51,23 @@ class _OpenUnit:
     results: dict[int, RowResult]
     running: dict[int, InputRow] = field(default_factory=dict)
     admitted_at: float = field(default_factory=time.monotonic)
+
+
+def units_to_do(ledger: Ledger, units: Iterable[Unit]) -> Iterator[Unit]:
+    """These units but for those that other runners commit meanwhile; first what nobody has begun.
+
+    What a dead runner had begun comes last, and so does what a live one is at work on, if it is
+    still not done by then: whoever commits first wins. For the thread that reads.
+    """
+    begun = []
+    for unit in units:
+        if not ledger.claim(unit):
+            begun.append(unit)
+        elif not ledger.has_commit(unit):
+            yield unit
+    for unit in begun:
+        if not ledger.has_commit(unit):
+            yield unit
 
 
 class UnitBoard:

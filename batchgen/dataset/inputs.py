@@ -6,11 +6,14 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from glob import has_magic
 from typing import Any, BinaryIO, cast
 
 from batchgen.dataset.formats import format_of_name
+from batchgen.dataset.object_reader import ObjectReader
 from batchgen.dataset.storage import (
+    hitch,
     local_path,
     open_filesystem,
     protocol_of,
@@ -20,6 +23,7 @@ from batchgen.dataset.storage import (
 )
 from batchgen.errors import InputError, StorageError, UnsupportedError
 from batchgen.records import InputFile
+from batchgen.retries import retrying
 
 _LOCAL = frozenset({"file", "local"})
 _HTTP = frozenset({"http", "https"})
@@ -50,9 +54,14 @@ def resolve_inputs(
                 f"use one of {', '.join(sorted(_STORES))}"
             )
         filesystem = open_filesystem(pattern, storage_options)
+        errors = store_errors(protocol)
         try:
-            infos = _matches(filesystem, pattern, protocol)
-        except store_errors(protocol) as error:
+            infos = retrying(
+                partial(_matches, filesystem, pattern, protocol),
+                errors,
+                partial(hitch, "list", pattern),
+            )
+        except errors as error:
             raise StorageError(refusal("list", pattern, error)) from error
         if not infos:
             place = f" below {os.getcwd()}" if _is_relative(pattern) else ""
@@ -78,12 +87,17 @@ def open_input(
         # fsspec hands out one shared file object with one position: not for two readers.
         stream = io.BytesIO(open_filesystem(file.uri, storage_options).cat_file(file.uri))
     else:
-        stream = open_filesystem(file.uri, storage_options).open(
-            file.uri,
-            "rb",
-            block_size=_READ_BLOCK_BYTES,
-            cache_type="none" if random_access else "readahead",
+        filesystem = open_filesystem(file.uri, storage_options)
+        cache_type = "none" if random_access else "readahead"
+        reader = ObjectReader(
+            lambda: filesystem.open(
+                file.uri, "rb", block_size=_READ_BLOCK_BYTES, cache_type=cache_type
+            ),
+            uri=file.uri,
+            size_bytes=file.size_bytes,
+            errors=store_errors(protocol),
         )
+        stream = io.BufferedReader(reader)
     stream.seek(byte_start)
     return cast(BinaryIO, stream)
 

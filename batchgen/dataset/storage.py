@@ -13,12 +13,13 @@ import importlib
 import os
 import re
 import threading
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from batchgen.errors import StorageError, UnsupportedError, UsageError
+from batchgen.retries import error_code, retrying
 
 _TEMPORARY_PREFIX = ".tmp-"
 _LOCAL = frozenset({"file", "local"})
@@ -44,7 +45,8 @@ _STORE_ERRORS = (  # beside OSError
     ),
     (frozenset({"http", "https"}), ("aiohttp.ClientError",)),
 )
-_CREATE_ATTEMPTS = 4
+
+T = TypeVar("T")
 
 # fsspec's memory store is one per process and its exclusive open looks before it writes, so the
 # lock that makes the two steps one is per process as well.
@@ -85,18 +87,15 @@ class Storage:
 
     def read(self, path: str) -> bytes:
         """The whole file. Raises FileNotFoundError when it is absent."""
-        with self._refusals("read", path, passing=(FileNotFoundError,)):
-            return self._store.read(self._full(path))
+        return self._request("read", path, self._store.read, passing=(FileNotFoundError,))
 
     def exists(self, path: str) -> bool:
         """Whether the file is there now."""
-        with self._refusals("look up", path):
-            return self._store.exists(self._full(path))
+        return self._request("look up", path, self._store.exists)
 
     def list(self, prefix: str = "") -> list[str]:
         """Paths of all files below the folder `prefix`, sorted; empty when it is absent."""
-        with self._refusals("list", prefix):
-            found = self._store.list(self._full(prefix))
+        found = self._request("list", prefix, self._store.list)
         return sorted(f"{prefix}/{name}" if prefix else name for name in found)
 
     def create(self, path: str, data: bytes) -> None:
@@ -105,33 +104,40 @@ class Storage:
         Of any number of callers in any processes exactly one succeeds. On an object store a lost
         reply can make the winner's own retry report FileExistsError: compare what is there.
         """
-        with self._refusals("write", path, passing=(FileExistsError,)):
-            self._store.create(self._full(path), data)
+        self._request(
+            "write", path, lambda full: self._store.create(full, data), passing=(FileExistsError,)
+        )
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file, whole and durable, in place of one that may be there."""
-        with self._refusals("write", path):
-            self._store.put(self._full(path), data)
+        self._request("write", path, lambda full: self._store.put(full, data))
 
     def delete(self, paths: Iterable[str]) -> None:
         """Remove files. Absent ones are fine."""
         for path in paths:
-            with self._refusals("delete", path):
-                self._store.delete(self._full(path))
+            self._request("delete", path, self._store.delete)
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    @contextlib.contextmanager
-    def _refusals(
-        self, action: str, path: str, *, passing: tuple[type[OSError], ...] = ()
-    ) -> Iterator[None]:
+    def _request(
+        self,
+        action: str,
+        path: str,
+        request: Callable[[str], T],
+        *,
+        passing: tuple[type[OSError], ...] = (),
+    ) -> T:
+        """What `request` makes of the store's own path, tried again while the store is busy."""
+        where = f"{self.uri}/{path}" if path else self.uri
+        errors = self._store.errors
         try:
-            yield
+            return retrying(
+                partial(request, self._full(path)), errors, partial(hitch, action, where)
+            )
         except passing:
             raise
-        except self._store.errors as error:
-            where = f"{self.uri}/{path}" if path else self.uri
+        except errors as error:
             raise StorageError(refusal(action, where, error)) from error
 
 
@@ -194,7 +200,10 @@ class _ObjectStore:
 
     def exists(self, path: str) -> bool:
         self._filesystem.invalidate_cache()
-        return bool(self._filesystem.isfile(path))
+        try:  # fsspec's own isfile() takes every error for absence
+            return bool(self._filesystem.info(path)["type"] == "file")
+        except FileNotFoundError:
+            return False
 
     def list(self, folder: str) -> list[str]:
         self._filesystem.invalidate_cache()
@@ -214,20 +223,12 @@ class _ObjectStore:
             with _memory_lock:
                 self._filesystem.pipe_file(path, data, mode="create")
             return
-        for attempt in range(_CREATE_ATTEMPTS):
-            try:
-                self._filesystem.pipe_file(path, data, mode="create")
-                return
-            except FileExistsError:
-                raise
-            except OSError as error:
-                code = _s3_error_code(error)
-                if code in {"PreconditionFailed", "412"}:
-                    raise FileExistsError(errno.EEXIST, "exists already", path) from error
-                # S3 answers so while another conditional write of the same key is under way.
-                if code != "ConditionalRequestConflict" or attempt == _CREATE_ATTEMPTS - 1:
-                    raise
-                time.sleep(0.1 * 2**attempt)
+        try:
+            self._filesystem.pipe_file(path, data, mode="create")
+        except OSError as error:
+            if error_code(error) in {"PreconditionFailed", "412"}:
+                raise FileExistsError(errno.EEXIST, "exists already", path) from error
+            raise
 
     def put(self, path: str, data: bytes) -> None:
         self._filesystem.pipe_file(path, data)
@@ -279,11 +280,6 @@ def _sync_folder(folder: str) -> None:
 def _raise_unless_absent(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-def _s3_error_code(error: OSError) -> str | None:
-    response = getattr(error.__cause__, "response", None)
-    return str(response["Error"].get("Code")) if response else None
 
 
 def protocol_of(uri: str) -> str:
@@ -342,6 +338,11 @@ def refusal(action: str, where: str, error: Exception) -> str:
     else:
         why = f"{type(error).__name__}: {_reason(error)}; check the store, {again}"
     return f"cannot {action} {redact(where)}: {why}"
+
+
+def hitch(action: str, where: str, error: Exception) -> str:
+    """One line on an error that may pass by itself."""
+    return f"cannot {action} {redact(where)}: {type(error).__name__}: {_reason(error)}"
 
 
 def _reason(error: Exception) -> str:

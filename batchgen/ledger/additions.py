@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from pydantic import TypeAdapter
@@ -22,6 +23,7 @@ from batchgen.ledger.files import (
     JOB_PATH,
     addition_path,
     damaged,
+    decoded,
     full_name,
     list_additions,
     parse_json,
@@ -57,7 +59,8 @@ def read_job(storage: Storage) -> StoredJob | None:
         data = storage.read(JOB_PATH)
     except FileNotFoundError:
         return None
-    job = decode_job(data, full_name(storage, JOB_PATH))
+    where = full_name(storage, JOB_PATH)
+    job = decoded(storage, JOB_PATH, data, lambda stored: decode_job(stored, where))
     listed = dict(read_many(storage, list_additions(storage)))
     while True:
         path = addition_path(len(job.additions))
@@ -65,7 +68,7 @@ def read_job(storage: Storage) -> StoredJob | None:
             data = listed.pop(path) if path in listed else storage.read(path)
         except FileNotFoundError:
             break
-        job = _decode_addition(job, data, full_name(storage, path))
+        job = decoded(storage, path, data, partial(_decode_addition, job, full_name(storage, path)))
     if listed:
         raise damaged(full_name(storage, path), f"it is missing, but {min(listed)} is there")
     return job
@@ -101,7 +104,7 @@ def has_grown(storage: Storage, job: StoredJob) -> bool:
     return storage.exists(addition_path(len(job.additions)))
 
 
-def _decode_addition(job: StoredJob, data: bytes, where: str) -> StoredJob:
+def _decode_addition(job: StoredJob, where: str, data: bytes) -> StoredJob:
     """The job with this addition, the next one of its chain."""
     addition = parse_json(_ADDITION, data, where)
     if addition.previous != job.last_id:

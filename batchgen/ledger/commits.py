@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from batchgen.ledger.files import (
     commit_path,
     damaged,
     dead_letters_path,
+    decoded,
     full_name,
     list_commits,
     parse_json,
@@ -116,6 +118,24 @@ def encode_dead_letters(unit_id: int, failures: Sequence[RowFailure]) -> tuple[D
     return letters, data
 
 
+def count_kinds(storage: Storage, letters: DeadLetters) -> Counter[str]:
+    """How many of the failed rows are of each kind.
+
+    Raises BatchgenError if the file is not the one that was committed.
+    """
+    where = full_name(storage, letters.path)
+
+    def decode(data: bytes) -> Counter[str]:
+        if hashlib.sha256(data).hexdigest() != letters.sha256:
+            raise damaged(where, "its checksum is not the one in the commit")
+        return Counter(json.loads(line)["kind"] for line in data.splitlines())
+
+    try:
+        return decoded(storage, letters.path, storage.read(letters.path), decode)
+    except FileNotFoundError:
+        raise damaged(where, "it is missing") from None
+
+
 def encode_commit(commit: Commit) -> bytes:
     return _COMMIT.dump_json(commit, indent=1) + b"\n"
 
@@ -149,10 +169,16 @@ def list_commits_of(storage: Storage, job: StoredJob) -> list[str]:
     return [path for path in paths if path in planned]
 
 
+def decode_stored_commit(storage: Storage, job: StoredJob, path: str, data: bytes) -> Commit:
+    """decode_commit() of a file that was read as `data`."""
+    where = full_name(storage, path)
+    return decoded(storage, path, data, lambda stored: decode_commit(stored, job, path, where))
+
+
 def read_commits(storage: Storage, job: StoredJob) -> dict[int, Commit]:
     """All commits by unit, in unit order."""
     commits = [
-        decode_commit(data, job, path, full_name(storage, path))
+        decode_stored_commit(storage, job, path, data)
         for path, data in read_many(storage, list_commits_of(storage, job))
     ]
     return {commit.unit_id: commit for commit in sorted(commits, key=lambda c: c.unit_id)}

@@ -5,6 +5,7 @@
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
+    claims/<unit>.json               some runner is, or was, at work on the unit: a hint, no lock
     done-<job>.json                  the dataset is published: nothing is left to do
     runs/<run>.json                  what the engine did in a run, for `batchgen status`
     receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
@@ -16,7 +17,7 @@ temporary file of a killed writer) does not exist for the ledger.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -29,10 +30,12 @@ JOB_PATH = "job.json"
 _ADDITION_PATTERN = re.compile(r"added/\d{6,}\.json")
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
 _RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
+_CLAIM_PATTERN = re.compile(r"claims/\d{8,}\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
 _MAX_CONCURRENT_READS = 32
+_MAX_READS = 5
 
 T = TypeVar("T")
 
@@ -44,6 +47,10 @@ def addition_path(index: int) -> str:
 
 def commit_path(unit_id: int) -> str:
     return f"commits/{unit_id:08d}.json"
+
+
+def claim_path(unit_id: int) -> str:
+    return f"claims/{unit_id:08d}.json"
 
 
 def dead_letters_path(unit_id: int, sha256: str) -> str:
@@ -80,6 +87,10 @@ def list_commits(storage: Storage) -> list[str]:
     return [path for path in storage.list("commits") if _COMMIT_PATTERN.fullmatch(path)]
 
 
+def list_claims(storage: Storage) -> list[str]:
+    return [path for path in storage.list("claims") if _CLAIM_PATTERN.fullmatch(path)]
+
+
 def list_partials(storage: Storage) -> list[str]:
     return [path for path in storage.list("partials") if _PARTIAL_PATTERN.fullmatch(path)]
 
@@ -101,6 +112,23 @@ def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, byt
         for path, data in zip(paths, pool.map(read, paths), strict=True):
             if data is not None:
                 yield path, data
+
+
+def decoded(storage: Storage, path: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the file, which was read as `data`.
+
+    Where it raises, the file is read again: the answer may have been cut short on its way. The
+    error of bytes that come twice is the file's, and is raised.
+    """
+    for _ in range(_MAX_READS):
+        try:
+            return decode(data)
+        except BatchgenError:
+            again = storage.read(path)
+            if again == data:
+                raise
+            data = again
+    return decode(data)
 
 
 def parse_json(adapter: TypeAdapter[T], data: bytes, where: str) -> T:

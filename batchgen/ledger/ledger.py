@@ -18,7 +18,7 @@ from batchgen.ledger.commits import (
     DeadLetters,
     RunCounts,
     count_results,
-    decode_commit,
+    decode_stored_commit,
     encode_commit,
     encode_dead_letters,
     read_commits,
@@ -26,11 +26,13 @@ from batchgen.ledger.commits import (
 )
 from batchgen.ledger.files import (
     JOB_PATH,
+    claim_path,
     commit_path,
     done_path,
-    full_name,
+    list_claims,
     list_partials,
     partial_path,
+    read_many,
     run_path,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
@@ -148,6 +150,32 @@ class Ledger:
         self._count()
         return merged
 
+    def claim(self, unit: Unit) -> bool:
+        """Say that this runner begins the unit; False if one, perhaps a dead one, has begun it.
+
+        It spares runners each other's work, and nothing rests on it: `commit` alone decides, so
+        that claims need no clock and no renewal. Any thread may call it, and `has_commit`.
+        """
+        try:
+            self._storage.create(claim_path(unit.unit_id), self._run_id.encode())
+        except FileExistsError:
+            return False
+        return True
+
+    def has_commit(self, unit: Unit) -> bool:
+        """Whether any runner has committed the unit by now."""
+        return self._storage.exists(commit_path(unit.unit_id))
+
+    def load_new_commits(self) -> None:
+        """Take note of what other runners have committed."""
+        paths = [
+            commit_path(unit.unit_id)
+            for unit in self.plan.units
+            if unit.unit_id not in self._committed
+        ]
+        for path, data in read_many(self._storage, paths):
+            self._add_commit(decode_stored_commit(self._storage, self._job, path, data))
+
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
         if not results:
@@ -155,12 +183,10 @@ class Ledger:
         self._num_flushes += 1
         path = partial_path(self._run_id, self._num_flushes)
         data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
-        try:
+        # It exists already where the store's client has repeated a write that had succeeded:
+        # nobody else writes under this run's name.
+        with contextlib.suppress(FileExistsError):
             self._storage.create(path, data)
-        except FileExistsError:
-            # The store's client tried again after a write that had succeeded: nobody else
-            # writes under this run's name.
-            assert self._storage.read(path) == data
         self._units_of_partial[path] = _units_of(results)
         for unit_id, rows in merge_partials([results], self._committed).items():
             before = self._flushed.get(unit_id, RunCounts(total=0))
@@ -195,16 +221,16 @@ class Ledger:
             wall_s=wall_s,
         )
         path = commit_path(unit.unit_id)
-        data = stored = encode_commit(commit)
         try:
-            self._storage.create(path, data)
+            self._storage.create(path, encode_commit(commit))
         except FileExistsError:
             # Another runner's, or ours: a store's client may try again after a write that had
             # succeeded. The run_id within makes the two differ.
             stored = self._storage.read(path)
-            commit = decode_commit(stored, self._job, path, full_name(self._storage, path))
+            commit = decode_stored_commit(self._storage, self._job, path, stored)
         self._add_commit(commit)
-        return stored == data
+        self._storage.delete([claim_path(unit.unit_id)])
+        return commit.run_id == self._run_id
 
     def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
         """Keeps what the engine has done in this run, in the place of what was kept before."""
@@ -213,9 +239,9 @@ class Ledger:
         self._storage.put(run_path(run_id), encode_run(run))
 
     def clean(self) -> None:
-        """Deletes the partials that hold rows of committed units only."""
+        """Deletes the partials that hold rows of committed units only, and claims at the end."""
         if self.is_complete and not self.has_grown():
-            stale = list_partials(self._storage)
+            stale = [*list_partials(self._storage), *list_claims(self._storage)]
         else:
             stale = [
                 path

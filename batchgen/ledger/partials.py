@@ -15,14 +15,15 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import pyarrow as pa
 from pydantic import TypeAdapter
 
 from batchgen.dataset.storage import Storage
-from batchgen.errors import BatchgenError
-from batchgen.ledger.files import damaged, full_name, list_partials, parse_json, read_many
+from batchgen.errors import BatchgenError, StorageError
+from batchgen.ledger.files import damaged, decoded, full_name, list_partials, parse_json, read_many
 from batchgen.ledger.plan import StoredJob, decode_schema
 from batchgen.records import OutputRow, RowFailure, RowKey, RowResult, RowSkip
 
@@ -127,8 +128,11 @@ def read_partials(storage: Storage, job: StoredJob) -> Iterator[tuple[str, list[
     its rows are generated again, which costs work and nothing else."""
     for path, data in read_many(storage, list_partials(storage)):
         try:
-            yield path, decode_partial(data, job, full_name(storage, path))
-        except BatchgenError as error:
+            where = full_name(storage, path)
+            yield path, decoded(storage, path, data, partial(decode_partial, job=job, where=where))
+        except StorageError:
+            raise
+        except (BatchgenError, FileNotFoundError) as error:
             _log.warning("its finished rows are generated again: %s", error)
 
 

@@ -76,10 +76,10 @@ class StandInEngine:
         self._stopped.set()
 
 
-def run_job_file(job: str, environment: Mapping[str, str], delay_s: float) -> None:
+def run_job_file(job: str, environment: Mapping[str, str], delay_s: float, max_rows: int) -> None:
     """What a process that will be killed runs."""
     os.environ.update(environment)
-    run_job(load_job(job), make_engine=lambda *_: StandInEngine(delay_s=delay_s))
+    run_job(load_job(job), make_engine=lambda *_: StandInEngine(delay_s=delay_s), max_rows=max_rows)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from batchgen import retries
 from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import StorageError, UnsupportedError
 
@@ -242,7 +243,8 @@ def test_a_missing_bucket(s3_bucket: str, write: Callable[[Storage], None]) -> N
         write(storage)
 
 
-def test_an_unreachable_s3_server() -> None:
+def test_an_unreachable_s3_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "FIRST_WAIT_S", 0.0)
     options = {
         "endpoint_url": "http://user:hunter2@127.0.0.1:9/?token=hunter2",
         "key": "a",
