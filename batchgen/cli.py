@@ -20,6 +20,7 @@ import click
 
 from batchgen import __version__
 from batchgen.errors import BatchgenError, Interrupted, UnsupportedError, UsageError
+from batchgen.redaction import environment_secrets, mask_values, redact, redact_message
 
 if TYPE_CHECKING:
     from batchgen.job.spec import JobSpec
@@ -154,7 +155,6 @@ def preview(
 def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: int | None) -> None:
     """Print what a run would do, as one JSON object."""
     spec = _load_job(job, overrides, params, limit)
-    from batchgen.dataset.storage import redact
     from batchgen.dataset.writer import output_schema
     from batchgen.runner import check_job, open_ledger_storage
 
@@ -165,7 +165,7 @@ def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: 
         "input": [{"uri": redact(f.uri), "size_bytes": f.size_bytes} for f in planned.files],
         "rows": sum(unit.num_rows for unit in planned.units),
         "units": len(planned.units),
-        "model": spec.model.name_or_path,
+        "model": redact(spec.model.name_or_path),
         "output": {
             "uri": redact(spec.output.uri),
             "format": spec.output.format,
@@ -350,7 +350,7 @@ def _run_command(argv: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except BatchgenError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {redact(mask_values(str(error), environment_secrets()))}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("error: interrupted", err=True)
@@ -360,9 +360,10 @@ def _run_command(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
     except Exception as error:
-        traceback.print_exc()
+        click.echo(redact_message(traceback.format_exc(), environment_secrets()), err=True)
+        why = redact_message(str(error), environment_secrets())
         click.echo(
-            f"error: unexpected {type(error).__name__}: {error}; finished rows are kept, "
+            f"error: unexpected {type(error).__name__}: {why}; finished rows are kept, "
             "run the same command again to go on",
             err=True,
         )

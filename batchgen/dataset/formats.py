@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, cast
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from batchgen.dataset.storage import protocol_of, redact, refusal, store_errors
 from batchgen.errors import InputError, StorageError
 from batchgen.records import InputFile
+from batchgen.redaction import redact_message
 
 Format = Literal["parquet", "jsonl", "arrow", "csv"]
 Codec = Literal["gzip", "zstd"]
@@ -105,7 +106,7 @@ def _sniffed(stream: BinaryIO, codec: Codec | None) -> Format | None:
 
 
 @contextlib.contextmanager
-def readable(file: InputFile) -> Iterator[None]:
+def readable(file: InputFile, options: Mapping[str, object] | None = None) -> Iterator[None]:
     """Turns what readers and stores raise into InputError (the file) or StorageError (the store).
 
     A plain OSError without a number comes from a decoder, not from a disk or a network.
@@ -118,8 +119,9 @@ def readable(file: InputFile) -> Iterator[None]:
     except errors as error:
         from_decoder = type(error) is OSError and error.errno is None and error.__cause__ is None
         if not from_decoder and not isinstance(error, pa.ArrowException):
-            raise StorageError(refusal("read", file.uri, error)) from error
+            raise StorageError(refusal("read", file.uri, error, options)) from error
+        why = redact_message(" ".join(str(error).split()), options)
         raise InputError(
-            f"{redact(file.uri)} cannot be read, it is truncated or damaged: "
-            f"{redact(' '.join(str(error).split()))}; write it again, or leave it out of input.uri"
+            f"{redact(file.uri)} cannot be read, it is truncated or damaged: {why}; "
+            "write it again, or leave it out of input.uri"
         ) from error

@@ -67,7 +67,7 @@ def plan_input(spec: InputSpec, unit_rows: int) -> InputPlan:
     for file_index, file in enumerate(files):
         if rows_left == 0:
             break
-        with readable(file):
+        with readable(file, spec.storage_options):
             plan = _plan_file(spec, file, unit_rows, rows_left, sample)
         if plans and plan.format != plans[0][1].format:
             raise InputError(

@@ -86,11 +86,11 @@ class UnitReader:
         """
         file = self._files[unit.file_index]
         uri = redact(file.uri)
-        with readable(file):
+        with readable(file, self._spec.storage_options):
             cursor = self._cursor_at(unit)
         row, end = unit.row_start, unit.row_start + unit.num_rows
         while row < end:
-            with readable(file):
+            with readable(file, self._spec.storage_options):
                 chunk = cursor.chunk_with(row)
                 if chunk is None:
                     raise InputError(

@@ -38,7 +38,9 @@ class InputSpec(Section):
         default=None, description="Read only the first so many rows of the whole input."
     )
     storage_options: dict[str, Any] = Field(
-        default={}, description="Options of the input's fsspec file system, such as credentials."
+        default={},
+        repr=False,  # of secrets
+        description="Options of the input's fsspec file system, such as credentials.",
     )
     on_bad_record: Literal["fail", "skip", "dead_letter"] = Field(
         default="dead_letter", description="What becomes of a record that cannot be read."

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "batchgen"
 
 # Rooms from the bottom up: a room imports what is below it, and never one beside it.
 RANKS = (
-    ("__init__", "errors", "records"),
+    ("__init__", "errors", "records", "redaction"),
     ("kernels", "job", "dataset.storage"),
     ("dataset", "prompts", "ledger", "models", "monitor"),
     ("engine",),
