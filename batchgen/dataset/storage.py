@@ -127,6 +127,9 @@ class Storage:
                 self._store.delete(self._full(path))
 
     def _full(self, path: str) -> str:
+        """Raises StorageError for a path that leads out of the folder: a ledger's may be forged."""
+        if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise StorageError(f"{redact(self.uri)}: the path {path!r} leads out of this folder")
         return f"{self._root}/{path}" if path else self._root
 
     @contextlib.contextmanager
@@ -168,8 +171,9 @@ class _LocalStore:
     def list(self, folder: str) -> list[str]:
         return [
             os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-            for parent, _, names in os.walk(folder, onerror=_raise_unless_absent)
-            for name in names
+            for parent, folders, names in os.walk(folder, onerror=_raise_unless_absent)
+            # A link to a folder is listed as what it is: one thing, which is not ours.
+            for name in (*names, *(f for f in folders if os.path.islink(os.path.join(parent, f))))
             if not name.startswith(_TEMPORARY_PREFIX)
         ]
 

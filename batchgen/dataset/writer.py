@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ __all__ = ["build_parts", "check_values", "output_schema", "publish"]
 Values = Mapping[str, object]  # of one row of output, by column
 
 _DATA = "data"
+_PART = re.compile(_DATA + r"/part-[\w-]+\.[a-z.]+")
 _BATCH_ROWS = 1000  # rows of one Arrow record batch, as `datasets` writes them
 _JSON_EXTENSIONS = {None: "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"}
 _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"} | {
@@ -55,7 +57,7 @@ def build_parts(
 def publish(
     storage: Storage, spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part], card: str
 ) -> None:
-    """Make the committed `parts`, in this order, a dataset, and delete all other data files.
+    """Make the committed `parts`, in this order, a dataset, and delete all other parts.
 
     Arrow opens with `datasets.load_from_disk`, the others with `datasets.load_dataset`, which
     refuses a dataset without rows. `card` is the text of README.md. May be repeated.
@@ -70,7 +72,9 @@ def publish(
     front = yaml.safe_dump(_front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
     storage.put("README.md", f"---\n{front}---\n\n{card}".encode())
     named = {part.path for part in parts}
-    storage.delete(path for path in storage.list(_DATA) if path not in named)
+    storage.delete(
+        path for path in storage.list(_DATA) if path not in named and _PART.fullmatch(path)
+    )
 
 
 def _build_part(

@@ -207,7 +207,12 @@ class TemplateSet:
 
         Raises UsageError when it does not. Anything else is that row's failure, not the job's.
         """
-        context = {name: _with_nulls(value, f"column {name!r}") for name, value in values.items()}
+        try:
+            context = {
+                name: _with_nulls(value, f"column {name!r}") for name, value in values.items()
+            }
+        except RecursionError:
+            return
         for where, template in self._templates:
             self._budget.start()
             try:

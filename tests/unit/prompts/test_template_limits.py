@@ -13,9 +13,12 @@ import pytest
 from prompt_factories import CHATML, failure, make_builder, make_row, make_tokenizer, user
 
 from batchgen.errors import UsageError
+from batchgen.job.spec import PromptSpec
 from batchgen.prompts import budget
 from batchgen.prompts.chat_template import ChatTemplate
+from batchgen.prompts.checks import check_first_row
 from batchgen.prompts.templates import RENDER_ERRORS, TemplateSet
+from batchgen.records import RowFailure
 
 DOUBLING = "{% set ns = namespace(x=START) %}{% for i in range(60) %}STEP{% endfor %}{{ ns.x }}"
 
@@ -226,6 +229,26 @@ def test_a_source_that_no_compiler_takes(source: str) -> None:
         TemplateSet({"prompt.template": source})
     with pytest.raises(UsageError, match="the chat template cannot be used: line"):
         chat(source)
+
+
+def deep(depth: int) -> object:
+    value: object = "x"
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5000])
+def test_a_row_nested_deeply_is_that_rows_failure(tokenizer: Any, depth: int) -> None:
+    chat_row = make_row(chat=[{"role": "user", "content": deep(depth)}])
+    text_row = make_row(chat='[{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]")
+    builder = make_builder(tokenizer, messages_column="chat")
+    for row in (chat_row, text_row):
+        assert failure(builder.build([row])).kind == "template_error"
+    template = PromptSpec(template="{{ chat }}")
+    check_first_row(template, chat_row)
+    (made,) = make_builder(tokenizer, template="{{ chat }}").build([chat_row])
+    assert depth == 100 or isinstance(made, RowFailure)
 
 
 def test_the_text_of_a_row_may_be_long() -> None:
