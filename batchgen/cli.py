@@ -21,6 +21,7 @@ from batchgen.commands.job_files import init, schema
 from batchgen.commands.outcome import status, verify
 from batchgen.commands.run import run
 from batchgen.errors import BatchgenError, Interrupted, UnsupportedError
+from batchgen.redaction import environment_secrets, mask_values, redact, redact_message
 
 EXIT_UNEXPECTED = 1
 
@@ -71,7 +72,7 @@ def _run_command(argv: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except BatchgenError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {redact(mask_values(str(error), environment_secrets()))}", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("error: interrupted", err=True)
@@ -81,9 +82,10 @@ def _run_command(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_UNEXPECTED
     except Exception as error:
-        traceback.print_exc()
+        click.echo(redact_message(traceback.format_exc(), environment_secrets()), err=True)
+        why = redact_message(str(error), environment_secrets())
         click.echo(
-            f"error: unexpected {type(error).__name__}: {error}; what the ledger has is kept, "
+            f"error: unexpected {type(error).__name__}: {why}; what the ledger has is kept, "
             "run the same command again to go on",
             err=True,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from batchgen.commands.options import job_options, load_spec
+from batchgen.redaction import redact
 
 
 @click.command()
@@ -59,7 +60,6 @@ def preview(
 def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: int | None) -> None:
     """Print what a run would do, as one JSON object."""
     spec = load_spec(job, overrides, params, limit)
-    from batchgen.dataset.storage import redact
     from batchgen.dataset.writer import output_schema
     from batchgen.startup import check_job, open_ledger_storage
 
@@ -70,7 +70,7 @@ def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: 
         "input": [{"uri": redact(f.uri), "size_bytes": f.size_bytes} for f in planned.files],
         "rows": sum(unit.num_rows for unit in planned.units),
         "units": len(planned.units),
-        "model": spec.model.name_or_path,
+        "model": redact(spec.model.name_or_path),
         "output": {
             "uri": redact(spec.output.uri),
             "format": spec.output.format,

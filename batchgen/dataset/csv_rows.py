@@ -34,6 +34,8 @@ def csv_info(file: InputFile, stream: BinaryIO, max_rows: int | None) -> TableIn
     header = next(records, [])
     if isinstance(header, BadRecord):
         raise InputError(f"{redact(file.uri)}: its header is damaged: {header.message}")
+    if not _is_unicode("".join(header)):
+        raise InputError(f"{redact(file.uri)}: its header is not UTF-8; save the file as UTF-8")
     repeated = sorted({name for name in header if header.count(name) > 1 or not name})
     if repeated:
         raise InputError(
@@ -96,11 +98,8 @@ def _csv_chunk(
         if len(record) != len(header):
             message = f"not {len(header)} fields, as the header has, but {len(record)}"
             return bad_record(message, ",".join(record))
-        if not "".join(record).isascii():
-            try:
-                "".join(record).encode()
-            except UnicodeEncodeError:
-                return bad_record("not UTF-8", ",".join(record))
+        if not _is_unicode("".join(record)):
+            return bad_record("not UTF-8", ",".join(record))
         if places is None:
             return {name: value or None for name, value in zip(header, record, strict=True)}
         return {header[i]: record[i] or None for i in places}
@@ -110,6 +109,17 @@ def _csv_chunk(
         num_rows=len(records),
         decode=lambda positions: [parse(records[i]) for i in positions],
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether no byte of the text was not UTF-8 (and became half a surrogate pair)."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _csv_lines(file: InputFile, stream: BinaryIO) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from glob import has_magic
@@ -23,6 +22,7 @@ from batchgen.dataset.storage import (
 )
 from batchgen.errors import InputError, StorageError, UnsupportedError
 from batchgen.records import InputFile
+from batchgen.redaction import has_secret, redact_message
 from batchgen.retries import retrying
 
 _LOCAL = frozenset({"file", "local"})
@@ -62,7 +62,13 @@ def resolve_inputs(
                 partial(hitch, "list", pattern),
             )
         except errors as error:
-            raise StorageError(refusal("list", pattern, error)) from error
+            raise StorageError(refusal("list", pattern, error, storage_options)) from error
+        except (ValueError, TypeError) as error:  # of a client that is made at its first use
+            why = redact_message(str(error), storage_options)
+            raise InputError(
+                f"input.uri {redact(pattern)!r} cannot be opened: {why}; "
+                "check input.storage_options"
+            ) from error
         if not infos:
             place = f" below {os.getcwd()}" if _is_relative(pattern) else ""
             raise InputError(f"input.uri {redact(pattern)!r} matches no data file{place}")
@@ -153,8 +159,7 @@ def _is_relative(pattern: str) -> bool:
 
 def _refuse_credentials(pattern: str) -> None:
     """An input's uri is stored in the ledger and in every row's address."""
-    has_query = protocol_of(pattern) in _HTTP and re.search(r"\?.*=", pattern)
-    if has_query or re.match(r"\w+://[^/\s]*:[^/\s]*@", pattern):
+    if has_secret(pattern):
         raise InputError(
             f"input.uri {redact(pattern)!r} holds a password or a query, which would be stored "
             "in the output; put credentials into input.storage_options or the environment"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from batchgen.dataset.formats import Codec, decompressed
+from batchgen.dataset.formats import Codec
 from batchgen.dataset.schema import check_values
 from batchgen.dataset.writer import dataset_json, front_matter
 from batchgen.records import Part
@@ -121,7 +121,8 @@ def _read_parquet(data: bytes, schema: pa.Schema, columns: Sequence[str]) -> Ite
 def _read_json_lines(
     data: bytes, schema: pa.Schema, columns: Sequence[str], codec: Codec | None
 ) -> Iterator[PartBatch]:
-    stream = decompressed(io.BytesIO(data), codec)
+    plain = pa.BufferReader(data)
+    stream = plain if codec is None else pa.CompressedInputStream(plain, codec)
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, stream))):
         rows.append(_parse_row(line, schema, number))

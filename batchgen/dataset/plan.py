@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from batchgen.job.spec import InputSpec
 
 _SAMPLE_ROWS = 1000
+MAX_FILE_ROWS = 1 << 31
+MAX_FILE_COLUMNS = 10_000
 _MIXED = b"batchgen.mixed"
 
 
@@ -74,7 +76,7 @@ def plan_files(spec: InputSpec, files: Sequence[InputFile], unit_rows: int) -> I
     for file_index, file in enumerate(files):
         if rows_left == 0:
             break
-        with readable(file):
+        with readable(file, spec.storage_options):
             plan = _plan_file(spec, file, unit_rows, rows_left, sample)
         if plans and plan.format != plans[0][1].format:
             raise InputError(
@@ -120,17 +122,32 @@ def _plan_file(
             units = _plan_json_lines(file, stream, content.codec, unit_rows, rows_left, sample)
             return _FilePlan(format="jsonl", schema=None, units=units)
         if content.format == "csv":
-            info = csv_info(file, decompressed(stream, content.codec), rows_left)
+            info = csv_info(file, decompressed(file, stream, content.codec), rows_left)
     if content.format == "parquet":
         info = parquet_info(file, spec.storage_options)
     elif content.format == "arrow":
         info = arrow_info(file, spec.storage_options)
+    _check_shape(file, info.schema, info.num_rows)
     num_rows = info.num_rows if rows_left is None else min(info.num_rows, rows_left)
     units = [
         Unit(unit_id=i, file_index=0, row_start=row, num_rows=min(unit_rows, num_rows - row))
         for i, row in enumerate(range(0, num_rows, unit_rows))
     ]
     return _FilePlan(format=content.format, schema=info.schema.remove_metadata(), units=units)
+
+
+def _check_shape(file: InputFile, schema: pa.Schema, num_rows: int) -> None:
+    """Raises InputError for more than any file holds: a few bytes of metadata can claim it."""
+    if not 0 <= num_rows <= MAX_FILE_ROWS:
+        raise InputError(
+            f"{redact(file.uri)} claims {num_rows:,} rows; at most {MAX_FILE_ROWS:,} in a file "
+            "are read: it is damaged, or split it"
+        )
+    if len(schema.names) > MAX_FILE_COLUMNS:
+        raise InputError(
+            f"{redact(file.uri)} has {len(schema.names):,} columns; at most "
+            f"{MAX_FILE_COLUMNS:,} are read: leave some out"
+        )
 
 
 def _plan_json_lines(
@@ -145,7 +162,7 @@ def _plan_json_lines(
     starts: list[int] = []
     num_rows = 0
     end = file.size_bytes
-    for offset, line in iter_json_lines(decompressed(stream, codec)):
+    for offset, line in iter_json_lines(decompressed(file, stream, codec)):
         if num_rows == rows_left:
             end = offset
             break

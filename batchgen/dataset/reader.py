@@ -94,11 +94,11 @@ class UnitReader:
         """
         file = self._files[unit.file_index]
         uri = redact(file.uri)
-        with readable(file):
+        with readable(file, self._spec.storage_options):
             cursor = self._cursor_at(unit)
         row, end = unit.row_start, unit.row_start + unit.num_rows
         while row < end:
-            with readable(file):
+            with readable(file, self._spec.storage_options):
                 chunk = cursor.chunk_with(row)
                 if chunk is None:
                     raise InputError(
@@ -155,13 +155,13 @@ class UnitReader:
         elif content.format == "arrow":
             chunks = arrow_chunks(file, options, columns=columns)
         elif content.format == "csv":
-            chunks = csv_chunks(file, decompressed(stream, content.codec), columns=columns)
+            chunks = csv_chunks(file, decompressed(file, stream, content.codec), columns=columns)
         else:
             byte_start = unit.byte_start or 0
             row_start = unit.row_start if unit.byte_start is not None else 0
             stream.seek(byte_start)
             chunks = json_chunks(
-                decompressed(stream, content.codec),
+                decompressed(file, stream, content.codec),
                 columns=columns,
                 row_start=row_start,
                 byte_start=byte_start,

@@ -19,6 +19,8 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from batchgen.errors import StorageError, UnsupportedError, UsageError
+from batchgen.redaction import has_secret, redact_message
+from batchgen.redaction import redact as redact
 from batchgen.retries import error_code, retrying
 
 _TEMPORARY_PREFIX = ".tmp-"
@@ -69,6 +71,11 @@ class Storage:
     def open(cls, uri: str, storage_options: Mapping[str, object] | None = None) -> Storage:
         """The folder at `uri` (local path, file, memory, s3, gs), which need not exist yet."""
         protocol = protocol_of(uri)
+        if has_secret(uri):  # it is stored in the output, and printed
+            raise UsageError(
+                f"the output {redact(uri)!r} holds a password or a signature; put credentials "
+                "into the environment"
+            )
         uri = uri.rstrip("/")
         if protocol in _LOCAL:
             return cls(uri, local_path(uri), _LocalStore())
@@ -118,6 +125,9 @@ class Storage:
             self._request("delete", path, self._store.delete)
 
     def _full(self, path: str) -> str:
+        """Raises StorageError for a path that leads out of the folder: a ledger's may be forged."""
+        if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+            raise StorageError(f"{redact(self.uri)}: the path {path!r} leads out of this folder")
         return f"{self._root}/{path}" if path else self._root
 
     def _request(
@@ -167,8 +177,9 @@ class _LocalStore:
     def list(self, folder: str) -> list[str]:
         return [
             os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-            for parent, _, names in os.walk(folder, onerror=_raise_unless_absent)
-            for name in names
+            for parent, folders, names in os.walk(folder, onerror=_raise_unless_absent)
+            # A link to a folder is listed as what it is: one thing, which is not ours.
+            for name in (*names, *(f for f in folders if os.path.islink(os.path.join(parent, f))))
             if not name.startswith(_TEMPORARY_PREFIX)
         ]
 
@@ -309,9 +320,10 @@ def open_filesystem(uri: str, storage_options: Mapping[str, object] | None) -> A
         install = f"pip install '{package}'" if package else str(error)
         raise UsageError(f"{redact(uri)}: {protocol}:// needs a package: {install}") from error
     except store_errors(protocol) as error:
-        raise StorageError(refusal("open", uri, error)) from error
-    except ValueError as error:
-        raise UsageError(f"{redact(uri)}: {redact(str(error))}") from error
+        raise StorageError(refusal("open", uri, error, storage_options)) from error
+    except (ValueError, TypeError) as error:
+        why = redact_message(str(error), storage_options)
+        raise UsageError(f"{redact(uri)}: {why}") from error
 
 
 def store_errors(protocol: str) -> tuple[type[Exception], ...]:
@@ -321,8 +333,17 @@ def store_errors(protocol: str) -> tuple[type[Exception], ...]:
     return (OSError, *(getattr(importlib.import_module(module), name) for module, _, name in parts))
 
 
-def refusal(action: str, where: str, error: Exception) -> str:
-    """One line that says what could not be done, where, why, and what to do."""
+def refusal(
+    action: str,
+    where: str,
+    error: Exception,
+    storage_options: Mapping[str, object] | None = None,
+) -> str:
+    """One line that says what could not be done, where, why, and what to do.
+
+    Secrets of the `storage_options` that were in use are masked.
+    """
+    reason = redact_message(_reason(error), storage_options)
     number = error.errno if isinstance(error, OSError) else None
     again = "then run the same command again: what is committed is kept"
     if number in {errno.ENOSPC, errno.EDQUOT}:
@@ -330,27 +351,23 @@ def refusal(action: str, where: str, error: Exception) -> str:
     elif number == errno.EROFS:
         why = f"the disk is read-only; make it writable or choose another folder, {again}"
     elif isinstance(error, PermissionError):
-        why = f"permission denied ({_reason(error)}); check the rights or credentials, {again}"
+        why = f"permission denied ({reason}); check the rights or credentials, {again}"
     elif isinstance(error, FileNotFoundError):
-        why = f"it does not exist ({_reason(error)}); create the folder or bucket, {again}"
+        why = f"it does not exist ({reason}); create the folder or bucket, {again}"
     elif number in {errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}:
-        why = f"this disk has no hard links ({_reason(error)}); choose a folder on another disk"
+        why = f"this disk has no hard links ({reason}); choose a folder on another disk"
     else:
-        why = f"{type(error).__name__}: {_reason(error)}; check the store, {again}"
+        why = f"{type(error).__name__}: {reason}; check the store, {again}"
     return f"cannot {action} {redact(where)}: {why}"
 
 
 def hitch(action: str, where: str, error: Exception) -> str:
     """One line on an error that may pass by itself."""
-    return f"cannot {action} {redact(where)}: {type(error).__name__}: {_reason(error)}"
+    return (
+        f"cannot {action} {redact(where)}: {type(error).__name__}: {redact_message(_reason(error))}"
+    )
 
 
 def _reason(error: Exception) -> str:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return redact(" ".join(str(text).split()))
-
-
-def redact(text: str) -> str:
-    """The text without the user names, passwords and queries of the urls in it."""
-    text = re.sub(r"(\w://)[^/\s@]*@", r"\1", text)
-    return re.sub(r"(\bhttps?://[^\s?\"'>]*)\?[^\s\"'>]*", r"\1", text)
+    return " ".join(str(text).split())

@@ -38,6 +38,7 @@ Values = Mapping[str, object]  # of one row of output, by column
 
 _DATA = "data"
 _UNIT_OF_PART = re.compile(rf"{_DATA}/part-([0-9]{{8,18}})-")
+_PART = re.compile(_DATA + r"/part-[\w-]+\.[a-z.]+")
 _BATCH_ROWS = 1000  # rows of one Arrow record batch, as `datasets` writes them
 _JSON_EXTENSIONS = {None: "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"}
 _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"} | {
@@ -70,8 +71,8 @@ def publish(
     *,
     num_units: int,
 ) -> None:
-    """Make the committed `parts`, in this order, a dataset, and delete all other data files but
-    those of units from `num_units` on, which are another run's.
+    """Make the committed `parts`, in this order, a dataset, and delete all other parts but those of
+    units from `num_units` on, which are another run's.
 
     Arrow opens with `datasets.load_from_disk`, the others with `datasets.load_dataset`, which
     refuses a dataset without rows. `card` is the text of README.md. May be repeated.
@@ -88,7 +89,7 @@ def publish(
     storage.delete(
         path
         for path in storage.list(_DATA)
-        if path not in named and not _is_of_later_unit(path, num_units)
+        if path not in named and _PART.fullmatch(path) and not _is_of_later_unit(path, num_units)
     )
 
 

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from batchgen.job.base import Section
 from batchgen.job.spec import JobSpec
 from batchgen.job.yaml_tree import KeyPath
+from batchgen.redaction import redact
 
 _SECRET_KEY = "storage_options"
 _MAX_QUOTED_CHARS = 60
@@ -73,7 +74,7 @@ def describe_value(value: object) -> str:
             return "a mapping"
         case list() | tuple():
             return "a list"
-    text = repr(value)
+    text = repr(redact(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}..."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
@@ -43,7 +44,9 @@ class InputSpec(Section):
         "run; the output grows. Files that were there stay as they are.",
     )
     storage_options: dict[str, Any] = Field(
-        default={}, description="Options of the input's fsspec file system, such as credentials."
+        default={},
+        repr=False,  # of secrets
+        description="Options of the input's fsspec file system, such as credentials.",
     )
     on_bad_record: Literal["fail", "skip", "dead_letter"] = Field(
         default="dead_letter", description="What becomes of a record that cannot be read."
@@ -140,10 +143,22 @@ class ModelSpec(Section):
         description="fp8: the layers' matrices, a scale for each output, and their inputs, a scale "
         "for each token, in 8 bits; embedding, norms and lm_head stay in dtype.",
     )
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with a model.")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run code that comes with a model; needs a commit as revision (40 digits).",
+    )
     max_model_len: PositiveInt | None = Field(
         default=None, description="Prompt and output tokens of a row; null is the model's limit."
     )
+
+    @model_validator(mode="after")
+    def _trusts_one_commit(self) -> Self:
+        if self.trust_remote_code and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                "trust_remote_code needs a revision that is a commit, 40 hexadecimal digits: "
+                f"a branch or tag may be other code tomorrow (got {self.revision!r})"
+            )
+        return self
 
 
 class SamplingSpec(Section):

@@ -103,7 +103,8 @@ def decode_partial(data: bytes, job: StoredJob, where: str) -> list[RowResult]:
     try:
         with pa.ipc.open_stream(body[head_end:]) as reader:
             table = reader.read_all()
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise damaged(where, str(error)) from None
     schema = decode_schema(job.plan.schema_base64)
     num_rows = sum(output.num_rows for output in head.outputs)

@@ -132,8 +132,10 @@ def decode_schema(schema_base64: str) -> pa.Schema:
     """The schema that encode_schema() wrote; raises ValueError for anything else."""
     try:
         data = base64.b64decode(schema_base64, validate=True)
-        return pa.ipc.read_schema(pa.py_buffer(data))
-    except (binascii.Error, pa.ArrowException, OSError) as error:
+        schema = pa.ipc.read_schema(pa.py_buffer(data))
+        ",".join(schema.names)  # names that are not UTF-8 fail here and not later
+        return schema
+    except (binascii.Error, pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"not an Arrow schema: {error}") from error
 
 

@@ -239,7 +239,7 @@ def _write_tokenizer(path: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"{path}: its tokenizer cannot be read: {error}") from error

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _PKG: Final = "pkg://"
 _HUB_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHT_FILE: Final = re.compile(r"[\w-][\w.-]*\.safetensors")
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_OTHER_FILES: Final = ("*/*", "consolidated*")  # exports, and a second copy of the weights
 _CONVERSION: Final = "1"  # raised when convert_gguf() writes something else
@@ -106,7 +108,9 @@ def load_tokenizer(files: ModelFiles) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -125,15 +129,24 @@ def weight_files(folder: Path) -> list[Path]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index}: holds no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not _WEIGHT_FILE.fullmatch(name):
+                raise ModelError(
+                    f"{index}: names the weights {name!r}, which is no safetensors file of this "
+                    "folder; save the model as safetensors"
+                )
         names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if not missing:
         return [folder / name for name in names]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     hint = ""
     if pickles:
-        hint = f"; {pickles[0]} is a pickle, which is not read: convert it to safetensors"
+        hint = (
+            f"; {pickles[0]} is a pickle, which is never read, for a pickle runs code: "
+            "convert it to safetensors"
+        )
     elif ggufs:
         hint = f"; name the GGUF file itself: {folder / ggufs[0]}"
     raise ModelError(f"{folder}: the weights {some_of(missing)} are missing{hint}")
@@ -150,6 +163,11 @@ def _local(name: str, path: Path) -> ModelFiles:
         return _folder(name, path, {})
     if not path.exists():
         raise ModelError(f"model.name_or_path: {name}: there is no such file or folder")
+    if path.suffix in _PICKLES:
+        raise ModelError(
+            f"model.name_or_path: {name}: is a pickle, which is never read, for a pickle runs "
+            "code: convert it to safetensors"
+        )
     if path.suffix != ".gguf":
         raise ModelError(
             f"model.name_or_path: {name}: a model is a folder with safetensors or a .gguf file"
@@ -230,7 +248,7 @@ def _first_line(error: Exception) -> str:
 def _read_json(path: Path) -> Mapping[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds no JSON object")

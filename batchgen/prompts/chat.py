@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from batchgen.errors import UsageError
 from batchgen.job.spec import PromptSpec
+from batchgen.prompts.chat_template import ChatTemplate
 from batchgen.prompts.conversation import Conversation, read_conversation
 from batchgen.prompts.row_error import RowError
 from batchgen.prompts.special_tokens import ControlTokens, Encoder, unused_characters
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MAX_KNOWN_COUNTS = 4096
-# Arguments of apply_chat_template that are not for the template.
+# Arguments of transformers' apply_chat_template that are not for the template.
 _RESERVED_KWARGS = {
-    "conversation", "chat_template", "tokenize", "sanitize_control_tokens", "padding",
+    "conversation", "messages", "chat_template", "tokenize", "sanitize_control_tokens", "padding",
     "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs",
 }  # fmt: skip
@@ -56,13 +57,16 @@ class ChatPrompts:
         self._roles = [message.role for message in spec.messages or ()]
         sources = message_sources(spec)
         self._templates = TemplateSet(sources)
-        self._kwargs = {"add_generation_prompt": True, **spec.chat_template_kwargs}
-        if reserved := sorted(_RESERVED_KWARGS.intersection(self._kwargs)):
+        kwargs = {"add_generation_prompt": True, **spec.chat_template_kwargs}
+        if reserved := sorted(_RESERVED_KWARGS.intersection(kwargs)):
             raise UsageError(
                 f"prompt.chat_template_kwargs may not set {reserved[0]!r}: it is for variables "
                 "of the chat template"
             )
         self._chat_template = self._find_chat_template(spec.chat_template)
+        self._template = ChatTemplate(
+            self._chat_template, {**tokenizer.special_tokens_map, **kwargs}
+        )
         self._encoder = Encoder(tokenizer, add_special_tokens=False)
         self._control = ControlTokens(
             tokenizer, "\0".join([self._chat_template, *sources.values()])
@@ -140,20 +144,13 @@ class ChatPrompts:
 
     def _render(self, conversations: Sequence[list[dict[str, object]]]) -> list[str | RowError]:
         """Each chat in the chat template, or why it does not fit there."""
-        if not conversations:
-            return []
-        try:
-            return list(self._apply_template(conversations))
-        except RENDER_ERRORS as error:
-            if len(conversations) == 1:
-                return [RowError.for_template(error)]
-        return [text for conversation in conversations for text in self._render([conversation])]
+        return [self._render_one(conversation) for conversation in conversations]
 
-    def _apply_template(self, conversations: Sequence[list[dict[str, object]]]) -> list[str]:
-        apply: Callable[..., list[str]] = self._tokenizer.apply_chat_template  # type: ignore[assignment]
-        return apply(
-            list(conversations), chat_template=self._chat_template, tokenize=False, **self._kwargs
-        )
+    def _render_one(self, conversation: list[dict[str, object]]) -> str | RowError:
+        try:
+            return self._template.render(conversation)
+        except RENDER_ERRORS as error:
+            return RowError.for_template(error)
 
     def _neutralize(self, conversation: Conversation) -> _Neutralized:
         """The chat with a placeholder for each control token that the row spells out."""

@@ -13,6 +13,7 @@ from batchgen.prompts.templates import Data, Text
 # '<|' + role + '|>': a role is one of these or the row fails.
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model")
 _TYPES = ("text", "function")
+_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def read_conversation(value: object, column: str) -> Conversation:
         text = value
         try:
             value = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(
                 "template_error", f"column {column!r} is text that is not JSON: {error}", text
             ) from error
@@ -124,15 +125,22 @@ def _read_message(message: object, index: int) -> Mapping[str, object]:
         )
     if "content" not in given and "tool_calls" not in given:
         raise RowError("template_error", f"message {index} has no content")
-    return {key: value if key == "role" else _as_texts(value, key) for key, value in given.items()}
+    return {
+        key: value if key == "role" else _as_texts(value, key, _MAX_DEPTH)
+        for key, value in given.items()
+    }
 
 
-def _as_texts(value: object, name: str) -> object:
+def _as_texts(value: object, name: str, levels_left: int) -> object:
+    if levels_left == 0:
+        raise RowError(
+            "template_error", f"a message is nested deeper than {_MAX_DEPTH} levels, at {name!r}"
+        )
     if isinstance(value, str):
         # What chat templates compare with is no text; anything else is.
         return value if name == "type" and value in _TYPES else Text((Data(value),))
     if isinstance(value, dict):
-        return {key: _as_texts(item, key) for key, item in value.items()}
+        return {key: _as_texts(item, key, levels_left - 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_as_texts(item, name) for item in value]
+        return [_as_texts(item, name, levels_left - 1) for item in value]
     return value

@@ -16,10 +16,10 @@ from typing import NoReturn
 import jinja2
 import jinja2.meta
 import jinja2.nodes
-import jinja2.sandbox
 from jinja2.exceptions import SecurityError
 
 from batchgen.errors import UsageError
+from batchgen.prompts.sandbox import BoundedEnvironment
 
 # What a template may raise over the values of one row; jinja2 lets Python's own errors through.
 RENDER_ERRORS = (
@@ -29,7 +29,7 @@ RENDER_ERRORS = (
     LookupError,
     AttributeError,
     ArithmeticError,
-    RecursionError,
+    RuntimeError,  # RecursionError too
 )
 
 
@@ -135,12 +135,6 @@ def _with_nulls(value: object, path: str) -> object:
     return value
 
 
-def _finalize(value: object) -> Data:
-    if value is None:
-        raise jinja2.UndefinedError("an expression of the template is null")
-    return Data(value)
-
-
 def _dump_json(value: object, indent: int | None = None) -> str:
     def null(item: object) -> None:
         if not isinstance(item, Null):
@@ -149,14 +143,22 @@ def _dump_json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, default=null)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, finalize=_finalize
-    )
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment(undefined=jinja2.StrictUndefined)
+    budget = environment.budget
+
+    def finalize(value: object) -> Data:
+        if value is None:
+            raise jinja2.UndefinedError("an expression of the template is null")
+        data = Data(value)
+        budget.chars(len(data))
+        return data
+
+    environment.finalize = finalize
     # Names that jinja itself defines would hide a misspelt column, or a column of that name.
     environment.globals = {"range": environment.globals["range"]}
     environment.tests["none"] = lambda value: value is None or isinstance(value, Null)
-    environment.filters["tojson"] = _dump_json
+    environment.add_filter("tojson", _dump_json)
     del environment.filters["random"]  # a row is the same after a restart
     return environment
 
@@ -167,13 +169,14 @@ class TemplateSet:
     def __init__(self, sources: Mapping[str, str]) -> None:
         """`sources` maps where a template stands in the job file to its text."""
         environment = _environment()
+        self._budget = environment.budget
         self._templates: list[tuple[str, jinja2.Template]] = []
         self._constants: dict[int, Text] = {}  # of templates without any expression
         columns: set[str] = set()
         for where, source in sources.items():
             try:
+                template = environment.compile_bounded(source)
                 tree = environment.parse(source)
-                template = environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
                 raise UsageError(
                     f"{where} is not a jinja2 template: line {error.lineno}: {error.message}"
@@ -192,6 +195,7 @@ class TemplateSet:
             for name in self.columns
             if name in values
         }
+        self._budget.start()
         texts = []
         for index, (_, template) in enumerate(self._templates):
             text = self._constants.get(index)
@@ -203,8 +207,14 @@ class TemplateSet:
 
         Raises UsageError when it does not. Anything else is that row's failure, not the job's.
         """
-        context = {name: _with_nulls(value, f"column {name!r}") for name, value in values.items()}
+        try:
+            context = {
+                name: _with_nulls(value, f"column {name!r}") for name, value in values.items()
+            }
+        except RecursionError:
+            return
         for where, template in self._templates:
+            self._budget.start()
             try:
                 template.render(context)
             except SecurityError as error:

@@ -289,6 +289,7 @@ def test_an_unbuilt_feature_is_refused_by_name(load_text, minimal, key):
     *sections, last = key.split(".")
     section = values.setdefault(sections[0], {}) if sections else values
     section[last] = yaml.safe_load(UNBUILT[key])
+    values["model"]["revision"] = "0a" * 20  # which trust_remote_code needs
     text = json.dumps(values, indent=1)
     line = next(n for n, line in enumerate(text.split("\n"), 1) if f'"{last}"' in line)
     with pytest.raises(UnsupportedError) as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import sys
@@ -171,11 +173,31 @@ def _without_weight_map(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
+def _with_weights_of(name: object) -> Callable[[Path], None]:
+    def forge(folder: Path) -> None:
+        index = {"weight_map": {"lm_head.weight": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return forge
+
+
+def _with_deep_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("break_folder", "message"),
     [
+        (_with_weights_of("../other/model.safetensors"), "no safetensors file of this folder"),
+        (_with_weights_of("/etc/model.safetensors"), "no safetensors file of this folder"),
+        (_with_weights_of("pytorch_model.bin"), "no safetensors file of this folder"),
+        (_with_weights_of(["x"]), "no safetensors file of this folder"),
+        (_with_deep_index, "cannot be read as JSON"),
         (_without_config, r"holds no config\.json; name the GGUF file itself: .*Q4_0\.gguf"),
-        (_with_pickle, r"model\.safetensors are missing; pytorch_model\.bin is a pickle"),
+        (
+            _with_pickle,
+            r"model\.safetensors are missing; pytorch_model\.bin is a pickle, which is never read",
+        ),
         (_without_weight_map, "holds no weight_map"),
     ],
 )
@@ -206,3 +228,30 @@ def test_a_lone_config_is_read_for_benchmarks(folder: Path) -> None:
 def test_a_revision_of_what_is_not_on_the_hub_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.revision is main"):
         resolve_model(ModelSpec(name_or_path=str(folder), revision="main"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
+def test_a_pickle_is_refused_by_name(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"\x80\x04")
+    with pytest.raises(ModelError, match=r"is a pickle, which is never read.*safetensors"):
+        resolve(path)
+
+
+def test_a_tokenizer_that_brings_code_runs_none(folder: Path) -> None:
+    marker = folder / "it-ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n")
+    config = folder / "tokenizer_config.json"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    auto = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    config.write_text(json.dumps({**values, "tokenizer_class": "Evil", "auto_map": auto}))
+    with contextlib.suppress(ModelError):
+        load_tokenizer(resolve(folder))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "abc123", "g" * 40])
+def test_code_of_a_model_needs_a_commit(revision: str | None) -> None:
+    with pytest.raises(ValueError, match="trust_remote_code needs a revision that is a commit"):
+        ModelSpec(name_or_path="o/n", revision=revision, trust_remote_code=True)
+    assert ModelSpec(name_or_path="o/n", revision="0a" * 20, trust_remote_code=True)
