@@ -194,7 +194,7 @@ def test_publishing_deletes_parts_and_nothing_else(tmp_path: Path) -> None:
     storage = Storage.open(spec.uri)
     for name in ("data/part-00000001-000-0123456789abcdef.arrow", "data/mine.arrow", "mine.txt"):
         storage.put(name, b"x")
-    publish(storage, spec, schema, [], "card")
+    publish(storage, spec, schema, [], "card", num_units=2)
     assert {"data/mine.arrow", "mine.txt"} < set(storage.list())
     assert not storage.exists("data/part-00000001-000-0123456789abcdef.arrow")
 
