@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from batchgen import __version__
-from batchgen.errors import BatchgenError, Interrupted, UnsupportedError, UsageError
+from batchgen.errors import BatchgenError, Interrupted, Preempted, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from batchgen.job.spec import JobSpec
@@ -337,7 +337,13 @@ for _name, _instead in _NOT_BUILT.items():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit the process with the code that the contract gives."""
-    sys.exit(_run_command(argv))
+    code = _run_command(argv)
+    if code == Preempted.exit_code:
+        # All is saved. To take the interpreter apart takes seconds that may not be left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run_command(argv: Sequence[str] | None) -> int:

@@ -8,10 +8,11 @@ no ledger behind, and a job that is done loads no torch.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ from batchgen.ledger import (
 )
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.registry import ModelFiles, load_config, load_tokenizer, resolve_model
-from batchgen.monitor.preemption import SignalWatch, StopReason
+from batchgen.monitor.preemption import StopNotice, stop_error, watch_for
 from batchgen.monitor.progress import Progress
 from batchgen.monitor.summary import RunSummary, summary_text
 from batchgen.pipeline import PLANNING_WINDOW_ROWS, Engine, FailureGate, Pipeline, Stages
@@ -50,7 +51,9 @@ from batchgen.records import (
     Part,
     Prompt,
     RowFailure,
+    RowKey,
     RowResult,
+    UnfinishedRow,
 )
 from batchgen.units import FinishedUnit, UnitSaver
 
@@ -260,18 +263,28 @@ def _generate(
     units = [unit for unit in units if unit.unit_id not in ledger.committed]
     if not units:
         return None
-    with SignalWatch() as signals, Progress(spec.observability.progress) as progress:
+    unfinished = ledger.load_unfinished(recovered)
+
+    def say_late(notice: StopNotice) -> None:
+        sys.stderr.write(f"error: {stop_error(notice, saver.saved())}; no time for more\n")
+
+    with (
+        watch_for(spec.preemption, say_late) as stops,
+        Progress(spec.observability.progress) as progress,
+    ):
         engine = make_engine(spec, model)
         kept = pa.schema([job.schema.field(name) for name in spec.output.columns.keep])
 
         def watch() -> BatchgenError | None:
             progress.update(saver.progress(engine.stats()))
-            return _stop_error(signals.reason)
+            return stop_error(stops.notice, saver.saved()) if stops.notice else None
 
         with UnitReader(spec.input, ledger.plan.files) as reader:
             stages = Stages(
                 read_unit=lambda unit, wanted: reader.read(unit, wanted=wanted),
-                make_prompts=lambda rows: _make_prompts(rows, kept, model.builder),
+                make_prompts=lambda rows: [
+                    _resume(made, unfinished) for made in _make_prompts(rows, kept, model.builder)
+                ],
                 kept_columns=kept.names,
                 engine=engine,
                 saver=saver,
@@ -286,19 +299,21 @@ def _generate(
             pipeline = Pipeline(stages, max_rows=max_rows, flush_interval_s=flush_interval_s)
             try:
                 pipeline.run(units, recovered)
+            except (Preempted, Interrupted) as error:
+                if stops.notice is None:
+                    raise
+                raise stop_error(stops.notice, saver.saved()) from error
             finally:
                 watch()  # what is shown last is how it ended
     return engine.stats()
 
 
-def _stop_error(reason: StopReason | None) -> BatchgenError | None:
-    again = "finished rows are saved: run the same command again to go on"
-    match reason:
-        case "preempted":
-            return Preempted(f"preempted; {again}")
-        case "interrupted":
-            return Interrupted(f"interrupted; {again}")
-    return None
+def _resume(
+    made: Prompt | RowFailure, unfinished: Mapping[RowKey, UnfinishedRow]
+) -> Prompt | RowFailure:
+    """The prompt, to go on where an earlier run left it."""
+    row = unfinished.get(made.key)
+    return replace(made, resumed=row.samples) if row and isinstance(made, Prompt) else made
 
 
 def _report(

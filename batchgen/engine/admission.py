@@ -49,6 +49,9 @@ class Admission:
         config = self._config
         block_size = config.block_size if config.enable_prefix_caching else None
         window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
+        self._counters.resumed_tokens += sum(
+            len(sample.token_ids) for item in window for sample in item.prompt.resumed
+        )
         if config.merge_duplicates:
             window = self._merge_duplicates(window)
         window = [each for item in window for each in item.split_resumed()]

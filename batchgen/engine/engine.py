@@ -60,7 +60,6 @@ class Engine:
         self._stopped = False
         self._num_finished = 0
         self._output_tokens = 0
-        self._resumed_tokens = 0
 
     @property
     def max_model_len(self) -> int:
@@ -128,7 +127,6 @@ class Engine:
         for row, token_ids in zip(new.rows.tolist(), new.outputs, strict=True):
             if len(token_ids):
                 self._outputs.begin(row, token_ids)
-                self._resumed_tokens += len(token_ids)
 
     def _is_far_ahead(self, in_flight: Collection[tuple[StepPlan, StepResult]]) -> bool:
         """Whether the oldest result should be read before more is launched.
@@ -206,7 +204,7 @@ class Engine:
             cached_prompt_tokens=counters.cached_prompt_tokens,
             merged_prompts=counters.merged_prompts,
             output_tokens=self._output_tokens,
-            resumed_tokens=self._resumed_tokens,
+            resumed_tokens=counters.resumed_tokens,
             prefill_steps=counters.prefill_steps,
             decode_steps=counters.decode_steps,
             blocks_total=scheduler.config.gpu_blocks,

@@ -151,6 +151,7 @@ class SchedulerCounters:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     merged_prompts: int = 0
+    resumed_tokens: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
     swapped_out_blocks: int = 0

@@ -4,6 +4,7 @@
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
+    unfinished/<run>.tokens          what a stopped run had of rows that it was generating
     done-<job>.json                  the dataset is published: nothing is left to do
 
 Every path is relative to the ledger's folder. A file that is in none of these shapes (such as the
@@ -25,6 +26,7 @@ from batchgen.errors import BatchgenError
 JOB_PATH = "job.json"
 _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
+_UNFINISHED_PATTERN = re.compile(r"unfinished/[0-9a-f]+\.tokens")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
 _MAX_CONCURRENT_READS = 32
@@ -44,6 +46,10 @@ def partial_path(run_id: str, sequence: int) -> str:
     return f"partials/{run_id}-{sequence:06d}.partial"
 
 
+def unfinished_path(run_id: str) -> str:
+    return f"unfinished/{run_id}.tokens"
+
+
 def done_path(job_id: str) -> str:
     return f"done-{job_id[:16]}.json"
 
@@ -59,6 +65,10 @@ def list_commits(storage: Storage) -> list[str]:
 
 def list_partials(storage: Storage) -> list[str]:
     return [path for path in storage.list("partials") if _PARTIAL_PATTERN.fullmatch(path)]
+
+
+def list_unfinished(storage: Storage) -> list[str]:
+    return [path for path in storage.list("unfinished") if _UNFINISHED_PATTERN.fullmatch(path)]
 
 
 def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

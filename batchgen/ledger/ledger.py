@@ -29,7 +29,9 @@ from batchgen.ledger.files import (
     done_path,
     full_name,
     list_partials,
+    list_unfinished,
     partial_path,
+    unfinished_path,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
 from batchgen.ledger.plan import (
@@ -39,7 +41,16 @@ from batchgen.ledger.plan import (
     encode_job,
     read_job,
 )
-from batchgen.records import OutputRow, Part, RowFailure, RowResult, Unit
+from batchgen.ledger.unfinished import encode_unfinished, furthest, read_unfinished
+from batchgen.records import (
+    OutputRow,
+    Part,
+    RowFailure,
+    RowKey,
+    RowResult,
+    UnfinishedRow,
+    Unit,
+)
 
 ResumeMode = Literal["if_possible", "always", "never"]
 
@@ -59,6 +70,8 @@ class Ledger:
         self._run_id = secrets.token_hex(8)
         self._num_flushes = 0
         self._units_of_partial: dict[str, frozenset[int]] = {}
+        self._unfinished: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
+        self._unfinished_paths: list[str] = []  # the files that these rows are from
         self._flushed: dict[int, RunCounts] = {}  # of uncommitted units
         self._committed_counts = sum_counts(
             [commit.counts for commit in committed.values()], total=job.plan.num_rows
@@ -136,6 +149,35 @@ class Ledger:
         self._count()
         return merged
 
+    def load_unfinished(
+        self, finished: Mapping[int, Sequence[RowResult]]
+    ) -> dict[RowKey, UnfinishedRow]:
+        """What earlier runs have of rows that they could not finish, each as far as it came.
+
+        `finished` is what `load_partials` gave: rows in it are left out, as are committed ones.
+        """
+        files = dict(read_unfinished(self._storage, self._job))
+        rows = furthest(row for rows in files.values() for row in rows)
+        done = {result.key for results in finished.values() for result in results}
+        self._unfinished_paths = list(files)
+        self._unfinished = {
+            key: row
+            for key, row in rows.items()
+            if key.unit_id not in self._committed and key not in done
+        }
+        return dict(self._unfinished)
+
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        """Keeps the tokens of rows that this run cannot finish; called once, at its end.
+
+        The file takes the place of those that were loaded: it has their rows, too.
+        """
+        kept = furthest([*self._unfinished.values(), *rows])
+        path = unfinished_path(self._run_id)
+        data = encode_unfinished(list(kept.values()), job_id=self._job.job_id)
+        self._storage.put(path, data)
+        self._storage.delete(self._unfinished_paths)
+
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
         if not results:
@@ -150,6 +192,7 @@ class Ledger:
             # writes under this run's name.
             assert self._storage.read(path) == data
         self._units_of_partial[path] = _units_of(results)
+        self._forget_unfinished(results)
         for unit_id, rows in merge_partials([results], self._committed).items():
             before = self._flushed.get(unit_id, RunCounts(total=0))
             self._flushed[unit_id] = sum_counts(
@@ -192,12 +235,14 @@ class Ledger:
             stored = self._storage.read(path)
             commit = decode_commit(stored, self._job, path, full_name(self._storage, path))
         self._add_commit(commit)
+        self._forget_unfinished(results)
         return stored == data
 
     def clean(self) -> None:
-        """Deletes the partials that hold rows of committed units only."""
+        """Deletes the partials that hold rows of committed units only, and, once all units are
+        committed, the tokens of rows that were unfinished."""
         if self.is_complete:
-            stale = list_partials(self._storage)
+            stale = list_partials(self._storage) + list_unfinished(self._storage)
         else:
             stale = [
                 path
@@ -214,6 +259,10 @@ class Ledger:
         self.clean()
         job_id = self._job.job_id
         self._storage.put(done_path(job_id), json.dumps({"job_id": job_id}).encode())
+
+    def _forget_unfinished(self, results: Sequence[RowResult]) -> None:
+        for result in results:
+            self._unfinished.pop(result.key, None)
 
     def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
         failures = [result for result in results if isinstance(result, RowFailure)]

@@ -22,6 +22,7 @@ from batchgen.records import (
     RowKey,
     RowResult,
     SampleOutput,
+    UnfinishedRow,
     Unit,
 )
 from batchgen.units import FinishedUnit, UnitBoard
@@ -83,6 +84,9 @@ class ReversingEngine:
     def stop(self) -> None:
         self.stopped.set()
 
+    def unfinished(self) -> list[UnfinishedRow]:
+        return []
+
 
 @dataclass
 class ListSaver:
@@ -91,6 +95,7 @@ class ListSaver:
     committed: list[FinishedUnit] = field(default_factory=list)
     kept: list[RowResult] = field(default_factory=list)
     flushed: list[RowResult] = field(default_factory=list)
+    unfinished: list[UnfinishedRow] = field(default_factory=list)
 
     def finish(
         self, completions: Sequence[Completion], rows: Sequence[InputRow]
@@ -106,6 +111,9 @@ class ListSaver:
     def flush(self) -> None:
         self.flushed.extend(self.kept)
         self.kept.clear()
+
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        self.unfinished.extend(rows)
 
 
 def make_stages(**changes: object) -> Stages:

@@ -109,10 +109,10 @@ ENGINES: dict[str, dict[str, object]] = {
 )
 def test_a_row_goes_on_where_it_was(folder: Path, sampled_by: str, run_by: str) -> None:
     sampling, options = SAMPLINGS[sampled_by], ENGINES[run_by]
-    prompts = prompts_for(24, max_tokens=48, ignore_eos=False)
+    prompts = prompts_for(20, max_tokens=36, ignore_eos=False)
     whole = complete_all(engine_for(folder, sampling), prompts)
     engines = [engine_for(folder, sampling, **options) for _ in range(3)]
-    completions, saved = run_in_lives(engines, prompts, num_calls=9)
+    completions, saved = run_in_lives(engines, prompts, num_calls=7)
     assert completions == whole
     first, second = ({row.key: row.num_output_tokens for row in rows} for rows in saved)
     assert any(first.values())
@@ -137,7 +137,7 @@ def test_samples_of_which_some_have_ended(folder: Path, num_calls: int, run_by: 
     )
     prompts = [
         dataclasses.replace(prompt, seeds=tuple(100 * prompt.key.index + i for i in range(4)))
-        for prompt in prompts_for(10, max_tokens=60, ignore_eos=False)
+        for prompt in prompts_for(7, max_tokens=48, ignore_eos=False)
     ]
     whole = complete_all(engine_for(folder, sampling), prompts)
     engines = [engine_for(folder, sampling, **options) for _ in range(3)]
