@@ -22,6 +22,7 @@ from batchgen.records import (
     RowKey,
     RowResult,
     SampleOutput,
+    SampleProgress,
     UnfinishedRow,
     Unit,
 )
@@ -311,6 +312,46 @@ def test_a_stop_from_the_watch_saves_what_has_finished() -> None:
     with pytest.raises(Preempted):
         run_pipeline(make_stages(engine=engine, saver=saver, watch=watch), make_units(1, 90_000))
     assert saver.flushed
+
+
+class StuckEngine(ReversingEngine):
+    """Yields one batch; its next step ends when `finish` is set, whatever `stop` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finish = threading.Event()
+
+    def run(self, source: PromptSource) -> Iterator[list[Completion]]:
+        prompts = source.take(20, wait=True)
+        for half in (prompts[:10], prompts[10:]):
+            yield [Completion(key=p.key, outputs=(ANSWER,), num_prompt_tokens=1) for p in half]
+            self.finish.wait(HANG_S)
+
+    def unfinished(self) -> list[UnfinishedRow]:
+        sample = SampleProgress(token_ids=(5, 6), finish_reason=None)
+        return [UnfinishedRow(key=RowKey(unit_id=0, index=20), samples=(sample,))]
+
+
+def test_a_stop_saves_at_once_then_what_the_last_step_has_then_what_is_unfinished() -> None:
+    engine, saver = StuckEngine(), ListSaver()
+    flushed_while_stuck: list[int] = []
+    started = time.monotonic()
+
+    def watch() -> BatchgenError | None:
+        if saver.flushed and not engine.finish.is_set():
+            flushed_while_stuck.append(len(saver.flushed))
+            engine.finish.set()
+        return Preempted("preempted") if time.monotonic() - started > 0.3 else None
+
+    with pytest.raises(Preempted):
+        run_pipeline(
+            make_stages(engine=engine, saver=saver, watch=watch),
+            make_units(1, 1000),
+            flush_interval_s=3600.0,
+        )
+    assert flushed_while_stuck == [10]
+    assert len(saver.flushed) == 20
+    assert saver.unfinished == engine.unfinished()
 
 
 def gate_and_make(bad: Callable[[int], bool]) -> Callable[[Sequence[InputRow]], list[object]]:

@@ -82,8 +82,8 @@ def run_to_its_end(job: Path, uri: Path, *more: str) -> str:
     ("sources", "num_rows", "sampling"),
     [
         # AWS is asked every five seconds: the job must last.
-        (("sigterm", "aws"), 90, {"ignore_eos": True, "frequency_penalty": 0.2}),
-        (("sigusr1", "gcp"), 30, {"n": 3, "temperature": 0.9, "min_tokens": 4}),
+        (("sigterm", "aws"), 80, {"ignore_eos": True, "frequency_penalty": 0.2}),
+        (("sigusr1", "gcp"), 20, {"n": 3, "temperature": 0.9, "min_tokens": 4}),
     ],
     ids=["greedy", "samples"],
 )
