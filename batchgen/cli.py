@@ -20,7 +20,7 @@ from batchgen.commands.check import plan, preview, validate
 from batchgen.commands.job_files import init, schema
 from batchgen.commands.outcome import status, verify
 from batchgen.commands.run import run
-from batchgen.errors import BatchgenError, Interrupted, UnsupportedError
+from batchgen.errors import BatchgenError, Interrupted, Preempted, UnsupportedError
 from batchgen.redaction import environment_secrets, mask_values, redact, redact_message
 
 EXIT_UNEXPECTED = 1
@@ -59,7 +59,13 @@ for _name, _instead in _NOT_BUILT.items():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit the process with the code that the contract gives."""
-    sys.exit(_run_command(argv))
+    code = _run_command(argv)
+    if code == Preempted.exit_code:
+        # All is saved. To take the interpreter apart takes seconds that may not be left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run_command(argv: Sequence[str] | None) -> int:

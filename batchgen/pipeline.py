@@ -31,6 +31,7 @@ from batchgen.records import (
     RowFailure,
     RowResult,
     RowSkip,
+    UnfinishedRow,
     Unit,
 )
 from batchgen.units import FinishedUnit, UnitBoard
@@ -39,7 +40,7 @@ PLANNING_WINDOW_ROWS = 65536
 _CHANNEL_ROWS = 4096
 _BATCH_ROWS = 256
 _WATCH_INTERVAL_S = 0.2
-_JOIN_TIMEOUT_S = 30.0
+_JOIN_TIMEOUT_S = 3.0
 
 T = TypeVar("T")
 Ended = Completion | RowFailure | RowSkip
@@ -57,7 +58,11 @@ class Engine(Protocol):
         ...
 
     def stop(self) -> None:
-        """From any thread: `run` returns soon and drops what is unfinished."""
+        """From any thread: `run` returns soon."""
+        ...
+
+    def unfinished(self) -> list[UnfinishedRow]:
+        """The rows that `stop` has cut off; once `run` has returned."""
         ...
 
 
@@ -176,6 +181,10 @@ class Saver(Protocol):
         """Write what was kept and is not committed, so that a kill does not lose it."""
         ...
 
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        """Write what there is of rows that a stop cut off."""
+        ...
+
 
 ReadUnit = Callable[[Unit, set[int] | None], Iterator[InputRow | RowFailure | RowSkip]]
 MakePrompts = Callable[[Sequence[InputRow]], list[Prompt | RowFailure]]
@@ -205,6 +214,7 @@ class Pipeline:
         self._rows: Channel[InputRow | RowFailure | RowSkip] = Channel(_CHANNEL_ROWS)
         self._prompts = PromptChannel(max_rows)  # the engine plans over all that it is given
         self._ended: Channel[Ended] = Channel(_CHANNEL_ROWS)
+        self._unfinished: list[UnfinishedRow] = []
         self._reason: BaseException | None = None
         self._reason_lock = threading.Lock()
         self._save_error: BaseException | None = None
@@ -317,6 +327,8 @@ class Pipeline:
             reason = self._stages.charge(completions)
             if reason is not None:
                 self.stop(reason)
+        if self._reason is not None:
+            self._unfinished = self._stages.engine.unfinished()
 
     def _save(self) -> None:
         try:
@@ -330,8 +342,13 @@ class Pipeline:
     def _save_until_drained(self) -> None:
         saver = self._stages.saver
         next_flush = time.monotonic() + self._flush_interval_s
+        is_stopping = False
         while not self._ended.is_drained():
-            ended = self._ended.get(_CHANNEL_ROWS, max(0.0, next_flush - time.monotonic()))
+            if self._reason is not None and not is_stopping:
+                # At once: the engine's last step may take longer than the machine has.
+                is_stopping, next_flush = True, 0.0
+            wait_s = min(_WATCH_INTERVAL_S, max(0.0, next_flush - time.monotonic()))
+            ended = self._ended.get(_CHANNEL_ROWS, wait_s)
             completions = [item for item in ended if isinstance(item, Completion)]
             results: list[RowResult] = [x for x in ended if not isinstance(x, Completion)]
             if completions:
@@ -345,6 +362,8 @@ class Pipeline:
                 saver.flush()
                 next_flush = time.monotonic() + self._flush_interval_s
         saver.flush()
+        if self._unfinished:
+            saver.save_unfinished(self._unfinished)
 
     def _watch(self) -> None:
         while not self._is_over.wait(_WATCH_INTERVAL_S):

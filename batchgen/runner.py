@@ -5,10 +5,11 @@ What comes before the model's weights is `startup`. A job that is done loads no 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ from batchgen.errors import BatchgenError, BudgetReached, Interrupted, Preempted
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import Ledger, RunCounts, count_kinds
 from batchgen.monitor.budget import Budget, budget_text
-from batchgen.monitor.preemption import SignalWatch, StopReason
+from batchgen.monitor.preemption import StopNotice, stop_error, watch_for
 from batchgen.monitor.progress import Progress
 from batchgen.monitor.summary import RunSummary, summary_text
 from batchgen.pipeline import PLANNING_WINDOW_ROWS, Engine, FailureGate, Pipeline, Stages
@@ -34,7 +35,9 @@ from batchgen.records import (
     Part,
     Prompt,
     RowFailure,
+    RowKey,
     RowResult,
+    UnfinishedRow,
 )
 from batchgen.startup import OpenJob, TextModel, load_text_model, open_job, probe
 from batchgen.units import FinishedUnit, UnitSaver, units_to_do
@@ -165,19 +168,31 @@ def _generate(
     units = [unit for unit in units if unit.unit_id not in ledger.committed]
     if not units:
         return None
-    with SignalWatch() as signals, Progress(spec.observability.progress) as progress:
+    unfinished = ledger.load_unfinished(recovered)
+
+    def say_late(notice: StopNotice) -> None:
+        sys.stderr.write(f"error: {stop_error(notice, saver.saved())}; no time for more\n")
+
+    with (
+        watch_for(spec.preemption, say_late) as stops,
+        Progress(spec.observability.progress) as progress,
+    ):
         engine = make_engine(spec, model)
         saver.follow(engine.stats)
         kept = pa.schema([job.schema.field(name) for name in spec.output.columns.keep])
 
         def watch() -> BatchgenError | None:
             progress.update(saver.progress(engine.stats(), budget.used_share()))
-            return _stop_error(signals.reason) or budget.reached()
+            if stops.notice is not None:
+                return stop_error(stops.notice, saver.saved())
+            return budget.reached()
 
         with UnitReader(spec.input, ledger.plan.files) as reader:
             stages = Stages(
                 read_unit=lambda unit, wanted: reader.read(unit, wanted=wanted),
-                make_prompts=lambda rows: _make_prompts(rows, kept, model.builder),
+                make_prompts=lambda rows: [
+                    _resume(made, unfinished) for made in _make_prompts(rows, kept, model.builder)
+                ],
                 kept_columns=kept.names,
                 engine=engine,
                 saver=saver,
@@ -196,19 +211,21 @@ def _generate(
             except BudgetReached:
                 if not ledger.is_complete:  # else it was reached by the very last rows
                     raise
+            except (Preempted, Interrupted) as error:
+                if stops.notice is None:
+                    raise
+                raise stop_error(stops.notice, saver.saved()) from error
             finally:
                 watch()  # what is shown last is how it ended
     return engine.stats()
 
 
-def _stop_error(reason: StopReason | None) -> BatchgenError | None:
-    again = "finished rows are saved: run the same command again to go on"
-    match reason:
-        case "preempted":
-            return Preempted(f"preempted; {again}")
-        case "interrupted":
-            return Interrupted(f"interrupted; {again}")
-    return None
+def _resume(
+    made: Prompt | RowFailure, unfinished: Mapping[RowKey, UnfinishedRow]
+) -> Prompt | RowFailure:
+    """The prompt, to go on where an earlier run left it."""
+    row = unfinished.get(made.key)
+    return replace(made, resumed=row.samples) if row and isinstance(made, Prompt) else made
 
 
 def _report(

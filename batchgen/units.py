@@ -18,6 +18,7 @@ from batchgen.dataset.writer import build_parts
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import Ledger
 from batchgen.monitor.progress import RunProgress
+from batchgen.monitor.summary import SavedWork
 from batchgen.prompts.detokenize import detokenize
 from batchgen.records import (
     Completion,
@@ -29,6 +30,7 @@ from batchgen.records import (
     RowResult,
     RowSkip,
     SampleOutput,
+    UnfinishedRow,
     Unit,
 )
 
@@ -174,6 +176,7 @@ class UnitSaver:
         self._followed_at = 0.0
         self._earlier = ledger.counts()
         self._num_ended: Counter[type[RowResult]] = Counter()  # in this run
+        self._num_unfinished = self._unfinished_tokens = 0  # that are saved
 
     def finish(
         self, completions: Sequence[Completion], rows: Sequence[InputRow]
@@ -235,6 +238,21 @@ class UnitSaver:
         if self._engine_stats is not None:
             wall_s = time.monotonic() - self._followed_at
             self._ledger.record_run(self._engine_stats(), wall_s=wall_s)
+
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        """Write the tokens of rows that a stop cut off."""
+        self._ledger.save_unfinished(rows)
+        self._num_unfinished = len(rows)
+        self._unfinished_tokens = sum(row.num_output_tokens for row in rows)
+
+    def saved(self) -> SavedWork:
+        """What of this run is safe by now, from any thread."""
+        num_unsaved = sum(map(len, list(self._unsaved.values())))
+        return SavedWork(
+            finished_rows=sum(self._num_ended.values()) - num_unsaved,
+            unfinished_rows=self._num_unfinished,
+            unfinished_tokens=self._unfinished_tokens,
+        )
 
     def _rows(
         self, completion: Completion, row: InputRow, texts: Sequence[str]

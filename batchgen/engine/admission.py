@@ -49,14 +49,18 @@ class Admission:
         config = self._config
         block_size = config.block_size if config.enable_prefix_caching else None
         window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
+        self._counters.resumed_tokens += sum(
+            len(sample.token_ids) for item in window for sample in item.prompt.resumed
+        )
         if config.merge_duplicates:
             window = self._merge_duplicates(window)
+        window = [each for item in window for each in item.split_resumed()]
         self.waiting.extend(self._in_order(window))
 
     def learn(self, item: QueuedPrompt, num_output_tokens: int) -> None:
         """Notes how long an output came to be, where it could have ended early."""
         if not item.prompt.ignore_eos:
-            is_cut = num_output_tokens >= item.max_tokens
+            is_cut = num_output_tokens >= item.prompt.max_tokens
             self.output_lengths.add(num_output_tokens, is_cut=is_cut)
 
     def admissible(self) -> Admissible:
@@ -108,9 +112,10 @@ class Admission:
         `tokens`: what `rows` and then `candidates` hold of their own.
         """
         table, config = self._table, self._config
-        new_max = np.array([item.max_tokens for item in candidates])
+        new_max = np.array([item.prompt.max_tokens for item in candidates])
         new_exact = np.array([item.prompt.ignore_eos for item in candidates], dtype=np.bool_)
-        generated = np.concatenate([generated, np.zeros_like(new_max)])
+        resumed = np.array([len(item.resumed) for item in candidates])
+        generated = np.concatenate([generated, resumed])
         max_tokens = np.concatenate([table.stop_len_R[rows] - table.prompt_len_R[rows], new_max])
         exact = np.concatenate([table.exact_R[rows], new_exact])
         left = max_tokens - generated

@@ -20,7 +20,15 @@ from batchgen.engine.step_plan import StepPlan
 from batchgen.engine.stopping import StopStrings
 from batchgen.errors import BatchgenError
 from batchgen.kernels.reference import NAN_TOKEN
-from batchgen.records import Completion, EngineStats, Prompt, PromptSource, SampleOutput
+from batchgen.records import (
+    Completion,
+    EngineStats,
+    Prompt,
+    PromptSource,
+    SampleOutput,
+    SampleProgress,
+    UnfinishedRow,
+)
 
 PLANNING_WINDOW = 65536  # prompts that are ordered together
 
@@ -59,7 +67,7 @@ class Engine:
         return self._scheduler.config.max_model_len
 
     def stop(self) -> None:
-        """Makes `run` return soon; what is unfinished is dropped."""
+        """Makes `run` return soon; what is unfinished then, `unfinished` has."""
         self._stopped = True
 
     def run(self, source: PromptSource) -> Iterator[list[Completion]]:
@@ -75,6 +83,7 @@ class Engine:
                 scheduler.add(prompts)
             plan = scheduler.schedule(in_flight=bool(in_flight))
             if plan is not None:
+                self._begin_resumed(plan)
                 in_flight.append((plan, self._runner.launch(plan)))
             elif exhausted and not in_flight:
                 assert not scheduler.num_live, "sequences are left and none can run"
@@ -85,6 +94,39 @@ class Engine:
                     yield finished
                 if plan is None:
                     break
+        for launched in in_flight:  # stopped, and the device ends them anyway
+            if finished := self._collect(*launched):
+                yield finished
+
+    def unfinished(self) -> list[UnfinishedRow]:
+        """The rows that `stop` has cut off, with the tokens that they have; once `run` is over.
+
+        A row that has no tokens is left out: nothing of it would be saved.
+        """
+        table = self._scheduler.table
+        queued = [*table.occupants.values(), *self._scheduler.admission.waiting]
+        items = {item.prompt.key: item for item in queued}  # one for all samples of a prompt
+        progress = {key: item.progress() for key, item in items.items()}
+        for row, item in table.occupants.items():
+            tokens = self._outputs.tokens_RW[row, : self._outputs.counts_R[row]]
+            progress[item.prompt.key][int(table.sample_R[row])] = SampleProgress(
+                token_ids=tuple(tokens.tolist()), finish_reason=None
+            )
+        return [
+            UnfinishedRow(key=prompt.key, samples=tuple(samples))
+            for key, samples in progress.items()
+            if any(sample.token_ids for sample in samples)
+            for prompt in (items[key].prompt, *items[key].duplicates)
+        ]
+
+    def _begin_resumed(self, plan: StepPlan) -> None:
+        """Notes what the rows that enter with this step have generated in an earlier run."""
+        if plan.prefill is None or not plan.prefill.new.outputs:
+            return
+        new = plan.prefill.new
+        for row, token_ids in zip(new.rows.tolist(), new.outputs, strict=True):
+            if len(token_ids):
+                self._outputs.begin(row, token_ids)
 
     def _is_far_ahead(self, in_flight: Collection[tuple[StepPlan, StepResult]]) -> bool:
         """Whether the oldest result should be read before more is launched.
@@ -132,7 +174,7 @@ class Engine:
         tokens = self._outputs.take(row, count)
         sample = int(self._scheduler.table.sample_R[row])
         item = self._scheduler.finish(row, len(tokens))
-        self._output_tokens += len(tokens) * len(item.duplicates)
+        self._output_tokens += (len(tokens) - len(item.resumed)) * len(item.duplicates)
         last = int(tokens[-1])
         ends = last in self._stop_token_ids or (
             last in self._eos_token_ids and not item.prompt.ignore_eos
@@ -142,12 +184,12 @@ class Engine:
             finish_reason="stop" if ends or count is not None else "length",
             seed=item.prompt.seeds[sample],
         )
-        if len(item.outputs) < item.num_samples:
+        if len(item.outputs) < len(item.prompt.seeds):
             return []
         self._num_finished += 1 + len(item.duplicates)
-        outputs = tuple(item.outputs[index] for index in range(item.num_samples))
+        outputs = tuple(item.outputs[index] for index in range(len(item.prompt.seeds)))
         completion = Completion(
-            key=item.prompt.key, outputs=outputs, num_prompt_tokens=item.num_prompt_tokens
+            key=item.prompt.key, outputs=outputs, num_prompt_tokens=len(item.prompt.token_ids)
         )
         return [completion, *(_for_duplicate(completion, other) for other in item.duplicates)]
 
@@ -162,6 +204,7 @@ class Engine:
             cached_prompt_tokens=counters.cached_prompt_tokens,
             merged_prompts=counters.merged_prompts,
             output_tokens=self._output_tokens,
+            resumed_tokens=counters.resumed_tokens,
             prefill_steps=counters.prefill_steps,
             decode_steps=counters.decode_steps,
             blocks_total=scheduler.config.gpu_blocks,

@@ -18,6 +18,13 @@ class OutputBuffer:
         self.tokens_RW = np.zeros((num_rows, 256), dtype=np.int32)
         self.counts_R = np.zeros(num_rows, dtype=np.int64)
 
+    def begin(self, row: int, token_ids: Int32) -> None:
+        """Gives an empty row the tokens that an earlier run has generated."""
+        assert self.counts_R[row] == 0, "the row is not empty"
+        self._widen(len(token_ids))
+        self.tokens_RW[row, : len(token_ids)] = token_ids
+        self.counts_R[row] = len(token_ids)
+
     def append(self, rows: Int32, tokens_Bk: Int32) -> NDArray[np.int64]:
         """Appends the tokens of a window; negative ones are none. Returns how many, per row."""
         valid_Bk = tokens_Bk >= 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from batchgen.engine.config import SamplingOptions
 from batchgen.engine.inputs import SlotState, to_device
 from batchgen.engine.ops import SamplingOps
-from batchgen.engine.step_plan import NewSequences
+from batchgen.engine.step_plan import Int32, NewSequences
 
 
 class Sampler:
@@ -43,17 +43,27 @@ class Sampler:
             self._in_prompt_RV = torch.zeros(shape, dtype=torch.bool, device=device)
 
     def enter(self, new: NewSequences) -> None:
-        """Forgets the rows' former occupants and notes the tokens of the new prompts."""
+        """Forgets the rows' former occupants and notes the tokens of the new prompts, and of their
+        outputs what an earlier run has generated."""
         if self._counts_RV is None or self._in_prompt_RV is None or len(new.rows) == 0:
             return
         rows = to_device(new.rows.astype(np.int64), self._device)
         # An assigned scalar would be copied from the host, and the copy waited for.
         self._counts_RV.index_fill_(0, rows, 0)
         self._in_prompt_RV.index_fill_(0, rows, False)
-        lengths = np.array([len(ids) for ids in new.prompts])
-        rows_T = np.repeat(new.rows, lengths).astype(np.int64)
-        cells_T = rows_T * self._in_prompt_RV.shape[1] + np.concatenate(new.prompts)
-        self._in_prompt_RV.view(-1).index_fill_(0, to_device(cells_T, self._device), True)
+        self._in_prompt_RV.view(-1).index_fill_(0, self._cells(new.rows, new.prompts), True)
+        if any(map(len, new.outputs)):
+            cells_T = self._cells(new.rows, new.outputs)
+            one = torch.ones((), dtype=torch.int16, device=self._device)
+            self._counts_RV.view(-1).index_add_(0, cells_T, one.expand(len(cells_T)))
+
+    def _cells(self, rows: Int32, token_ids: Sequence[Int32]) -> Tensor:
+        """Where the tokens of each row are counted: int64, into a flat table of rows."""
+        assert self._counts_RV is not None
+        lengths = np.array([len(ids) for ids in token_ids])
+        rows_T = np.repeat(rows, lengths).astype(np.int64)
+        cells_T = rows_T * self._counts_RV.shape[1] + np.concatenate(token_ids)
+        return to_device(cells_T, self._device)
 
     def sample_and_advance(
         self, state: SlotState, rows_B: Tensor, kv_lens_B: Tensor, logits_BV: Tensor

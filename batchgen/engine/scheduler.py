@@ -349,7 +349,8 @@ class Scheduler:
             prompt_lens=self.table.prompt_len_R[rows].astype(np.int32),
             stop_lens=self.table.stop_len_R[rows].astype(np.int32),
             ignore_eos=np.array([item.prompt.ignore_eos for item in items], dtype=np.bool_),
-            prompts=tuple(item.token_ids for item in items),
+            prompts=tuple(item.token_ids[: len(item.prompt.token_ids)] for item in items),
+            outputs=tuple(item.token_ids[len(item.prompt.token_ids) :] for item in items),
         )
 
     def check_integrity(self) -> None:

@@ -18,6 +18,7 @@ class SequenceTable:
         self.kv_len_R = np.zeros(num_rows, dtype=np.int64)  # tokens with KV after all planned steps
         # Of these, those in blocks that were there: a cached prefix, another sample's prompt.
         self.cached_len_R = np.zeros(num_rows, dtype=np.int64)
+        # Tokens of the prompt; not those of its output that an earlier run has generated.
         self.prompt_len_R = np.zeros(num_rows, dtype=np.int64)
         self.stop_len_R = np.zeros(num_rows, dtype=np.int64)  # prompt and output end here at last
         self.exact_R = np.zeros(num_rows, dtype=np.bool_)  # ends at stop_len, not before
@@ -39,14 +40,14 @@ class SequenceTable:
         others wait for it, to share `shared_len` tokens.
         """
         rows = [self._free_rows.pop() for _ in range(item.num_samples)]
-        for sample, row in enumerate(rows):
+        for sample, row in zip(item.samples, rows, strict=True):
             self.occupants[row] = item
             self.sample_R[row] = sample
             self.sequence_id_R[row] = self._next_id
             self._next_id += 1
         self.state_R[rows] = State.PENDING
         self.state_R[rows[0]] = State.PREFILL
-        self.prompt_len_R[rows] = item.num_prompt_tokens
+        self.prompt_len_R[rows] = len(item.prompt.token_ids)
         self.stop_len_R[rows] = item.num_prompt_tokens + item.max_tokens
         self.exact_R[rows] = item.prompt.ignore_eos
         self.kv_len_R[rows] = 0
@@ -59,7 +60,7 @@ class SequenceTable:
         """The row's prompt is prefilled: the rows of all of its samples, this one first."""
         rows = [row, *self._pending.pop(row)]
         self.state_R[rows] = State.DECODE
-        self.kv_len_R[rows] = self.prompt_len_R[row]
+        self.kv_len_R[rows] = self.occupants[row].num_prompt_tokens
         return rows
 
     def leave(self, row: int) -> QueuedPrompt:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.step_plan import Int32
-from batchgen.records import Prompt, SampleOutput
+from batchgen.records import Prompt, SampleOutput, SampleProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,10 @@ class State(IntEnum):
 class QueuedPrompt:
     """A prompt from its arrival to its end, with those that have the same completion.
 
+    What an earlier run has generated of its output is prefilled like the prompt: it is part of
+    `token_ids` and counts in `num_prompt_tokens`. Samples that are resumed have little in common,
+    so that each of them is queued alone (`split_resumed`).
+
     A window of prompts arrives at once, and the device waits for the first of them: hashes are made
     when the prompt's turn comes, while the device is busy.
     """
@@ -56,20 +61,55 @@ class QueuedPrompt:
         """`hash_block_size` is None where prefixes are not cached."""
         self.prompt = prompt
         self.duplicates: list[Prompt] = []
+        self.samples = tuple(range(len(prompt.seeds)))  # those that are generated here
+        self.resumed: tuple[int, ...] = ()  # output tokens of an earlier run
         self.num_prompt_tokens = len(prompt.token_ids)
-        self.outputs: dict[int, SampleOutput] = {}  # of the samples that have ended
+        self.outputs: dict[int, SampleOutput] = {}  # of the prompt's samples that have ended
         self.num_shared = 0  # leading tokens that the prompt before it in the plan has, too
         self.num_computed = 0  # tokens, by the steps planned so far; the cached prefix included
         self._hash_block_size = hash_block_size
         self._hashes: Sequence[bytes] | None = None
 
+    def split_resumed(self) -> list[QueuedPrompt]:
+        """An item for each sample that goes on where an earlier run left it; this one itself
+        where nothing is resumed."""
+        if not self.prompt.resumed:
+            return [self]
+        items = []
+        for sample, progress in enumerate(self.prompt.resumed):
+            if progress.finish_reason is not None:
+                self.outputs[sample] = SampleOutput(
+                    token_ids=list(progress.token_ids),
+                    finish_reason=progress.finish_reason,
+                    seed=self.prompt.seeds[sample],
+                )
+                continue
+            item = QueuedPrompt(self.prompt, self._hash_block_size)
+            item.duplicates, item.outputs = self.duplicates, self.outputs
+            item.samples, item.resumed = (sample,), progress.token_ids
+            item.num_prompt_tokens += len(progress.token_ids)
+            assert item.max_tokens > 0, "a sample is resumed that has ended"
+            items.append(item)
+        return items
+
+    def progress(self) -> list[SampleProgress]:
+        """Of all samples of the prompt, as far as they have ended or were resumed."""
+        nothing = SampleProgress(token_ids=(), finish_reason=None)
+        samples = list(self.prompt.resumed) or [nothing] * len(self.prompt.seeds)
+        for sample, output in self.outputs.items():
+            samples[sample] = SampleProgress(
+                token_ids=tuple(output.token_ids), finish_reason=output.finish_reason
+            )
+        return samples
+
     @property
     def num_samples(self) -> int:
-        return len(self.prompt.seeds)
+        return len(self.samples)
 
     @property
     def max_tokens(self) -> int:
-        return self.prompt.max_tokens
+        """That each of its samples may still generate."""
+        return self.prompt.max_tokens - len(self.resumed)
 
     @property
     def bucket(self) -> tuple[object, ...]:
@@ -77,14 +117,17 @@ class QueuedPrompt:
         ids = self.prompt.token_ids
         few = ids[:: max(1, len(ids) // 16)]
         prompt = self.prompt
-        return len(ids), self.max_tokens, self.num_samples, prompt.ignore_eos, *few, ids[-1]
+        return (
+            *(len(ids), self.max_tokens, self.num_samples, prompt.ignore_eos, prompt.resumed),
+            *(*few, ids[-1]),
+        )
 
     @cached_property
     def token_ids(self) -> Int32:
         ids = self.prompt.token_ids
-        if isinstance(ids, array) and ids.typecode == "i":
+        if isinstance(ids, array) and ids.typecode == "i" and not self.resumed:
             return np.frombuffer(ids, np.int32)
-        return np.fromiter(ids, np.int32, self.num_prompt_tokens)
+        return np.fromiter(chain(ids, self.resumed), np.int32, self.num_prompt_tokens)
 
     @property
     def hashes(self) -> Sequence[bytes]:
@@ -110,6 +153,7 @@ class SchedulerCounters:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     merged_prompts: int = 0
+    resumed_tokens: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
     swapped_out_blocks: int = 0

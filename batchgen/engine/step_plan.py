@@ -43,6 +43,7 @@ class NewSequences:
     stop_lens: Int32  # prompt and output together end here at the latest
     ignore_eos: Bool
     prompts: tuple[Int32, ...]
+    outputs: tuple[Int32, ...] = ()  # what an earlier run generated, by row; empty: nothing of any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

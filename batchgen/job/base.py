@@ -43,6 +43,8 @@ def _power_of_two(value: int) -> int:
 Auto = Literal["auto"]
 Text = Annotated[str, Field(min_length=1)]
 FromList = BeforeValidator(_list_to_tuple)
+HttpEndpoint = Annotated[str, Field(pattern=r"^http://[^/]+$")]
+NoticeSource = Literal["sigterm", "sigusr1", "aws", "gcp", "azure"]
 TextList = Annotated[tuple[Text, ...], FromList]
 NonEmptyTextList = Annotated[tuple[Text, ...], Field(min_length=1), FromList]
 TokenIdList = Annotated[tuple[Annotated[int, Field(ge=0)], ...], FromList]

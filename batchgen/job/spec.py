@@ -5,11 +5,21 @@ The sections that say what is computed are in `sections`; here are those that sa
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from batchgen.job.base import Auto, PositiveInt, Seconds, Section, Text, TextList
+from batchgen.job.base import (
+    Auto,
+    FromList,
+    HttpEndpoint,
+    NoticeSource,
+    PositiveInt,
+    Seconds,
+    Section,
+    Text,
+    TextList,
+)
 from batchgen.job.sections import (
     EngineSpec,
     InputSpec,
@@ -125,10 +135,31 @@ class ErrorsSpec(Section):
     window: PositiveInt = Field(default=500, description="How many last rows that rate is over.")
 
 
-class PreemptionSpec(Section):
-    """The machine may go away. SIGTERM and SIGUSR1 always drain the run."""
+class PreemptionEndpoints(Section):
+    """Where the metadata servers of the clouds are."""
 
-    watch: Text = Field(default="auto", description="Where notice of preemption comes from.")
+    aws: HttpEndpoint = Field(default="http://169.254.169.254", description="EC2, by IMDSv2.")
+    gcp: HttpEndpoint = Field(
+        default="http://metadata.google.internal", description="Compute Engine."
+    )
+    azure: HttpEndpoint = Field(default="http://169.254.169.254", description="Azure's IMDS.")
+
+
+class PreemptionSpec(Section):
+    """The machine may go away: the run saves what it has and ends with exit code 75."""
+
+    watch: Auto | Annotated[tuple[NoticeSource, ...], FromList] = Field(
+        default="auto",
+        description="Where notice of it comes from; auto is [sigterm, sigusr1].",
+    )
+    lead_time: Auto | Seconds = Field(
+        default="auto",
+        description="From the notice to the end of the machine; a margin is kept. auto is 120s for "
+        "aws and 30s for the others, or what a cloud's notice says.",
+    )
+    endpoints: PreemptionEndpoints = Field(
+        default=PreemptionEndpoints(), description="Where the metadata servers are."
+    )
     drain_timeout: Auto | Seconds = Field(
         default="auto", description="The longest wait for running rows."
     )

@@ -98,7 +98,14 @@ errors:
   max_error_rate: 0.05            # end the run when more of the last rows failed
   window: 500                     # how many last rows that is over
 
-preemption: {watch: auto, drain_timeout: auto}   # others are not built yet
+preemption:
+  watch: auto                     # a list of sigterm, sigusr1, aws, gcp, azure; auto: the signals
+  lead_time: auto                 # from the notice to the end of the machine: 30s; aws 120s
+  endpoints:                      # the metadata servers of the clouds
+    aws: http://169.254.169.254
+    gcp: http://metadata.google.internal
+    azure: http://169.254.169.254
+  drain_timeout: auto             # others are not built yet
 distributed: {backend: local, workers: 1}        # others are not built yet
 
 budget:                           # a run that reaches one saves what has finished, and exits with 7

@@ -21,7 +21,6 @@ BUILT_VALUES: Mapping[str, tuple[object, ...]] = {
     "engine.tensor_parallel_size": (1,),
     "output.overwrite": ("never",),
     "errors.on_error": ("dead_letter", "fail"),
-    "preemption.watch": ("auto",),
     "preemption.drain_timeout": ("auto",),
     "distributed.backend": ("local",),
     "distributed.workers": (1,),

@@ -6,6 +6,7 @@
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
     claims/<unit>.json               some runner is, or was, at work on the unit: a hint, no lock
+    unfinished/<run>.tokens          what a stopped run had of rows that it was generating
     done-<job>.json                  the dataset is published: nothing is left to do
     runs/<run>.json                  what the engine did in a run, for `batchgen status`
     receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
@@ -32,6 +33,7 @@ _COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
 _RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
 _CLAIM_PATTERN = re.compile(r"claims/\d{8,}\.json")
 _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
+_UNFINISHED_PATTERN = re.compile(r"unfinished/[0-9a-f]+\.tokens")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
 _MAX_CONCURRENT_READS = 32
@@ -63,6 +65,10 @@ def partial_path(run_id: str, sequence: int) -> str:
 
 def run_path(run_id: str) -> str:
     return f"runs/{run_id}.json"
+
+
+def unfinished_path(run_id: str) -> str:
+    return f"unfinished/{run_id}.tokens"
 
 
 def done_path(job_id: str) -> str:
@@ -97,6 +103,10 @@ def list_partials(storage: Storage) -> list[str]:
 
 def list_runs(storage: Storage) -> list[str]:
     return [path for path in storage.list("runs") if _RUN_PATTERN.fullmatch(path)]
+
+
+def list_unfinished(storage: Storage) -> list[str]:
+    return [path for path in storage.list("unfinished") if _UNFINISHED_PATTERN.fullmatch(path)]
 
 
 def read_many(storage: Storage, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:

@@ -31,9 +31,11 @@ from batchgen.ledger.files import (
     done_path,
     list_claims,
     list_partials,
+    list_unfinished,
     partial_path,
     read_many,
     run_path,
+    unfinished_path,
 )
 from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
 from batchgen.ledger.plan import (
@@ -43,7 +45,17 @@ from batchgen.ledger.plan import (
     encode_job,
 )
 from batchgen.ledger.runs import RunRecord, encode_run
-from batchgen.records import EngineStats, OutputRow, Part, RowFailure, RowResult, Unit
+from batchgen.ledger.unfinished import encode_unfinished, furthest, read_unfinished
+from batchgen.records import (
+    EngineStats,
+    OutputRow,
+    Part,
+    RowFailure,
+    RowKey,
+    RowResult,
+    UnfinishedRow,
+    Unit,
+)
 
 ResumeMode = Literal["if_possible", "always", "never"]
 
@@ -63,6 +75,8 @@ class Ledger:
         self._run_id = secrets.token_hex(8)
         self._num_flushes = 0
         self._units_of_partial: dict[str, frozenset[int]] = {}
+        self._unfinished: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
+        self._unfinished_paths: list[str] = []  # the files that these rows are from
         self._flushed: dict[int, RunCounts] = {}  # of uncommitted units
         self._committed_counts = sum_counts(
             [commit.counts for commit in committed.values()], total=job.plan.num_rows
@@ -176,6 +190,35 @@ class Ledger:
         for path, data in read_many(self._storage, paths):
             self._add_commit(decode_stored_commit(self._storage, self._job, path, data))
 
+    def load_unfinished(
+        self, finished: Mapping[int, Sequence[RowResult]]
+    ) -> dict[RowKey, UnfinishedRow]:
+        """What earlier runs have of rows that they could not finish, each as far as it came.
+
+        `finished` is what `load_partials` gave: rows in it are left out, as are committed ones.
+        """
+        files = dict(read_unfinished(self._storage, self._job))
+        rows = furthest(row for rows in files.values() for row in rows)
+        done = {result.key for results in finished.values() for result in results}
+        self._unfinished_paths = list(files)
+        self._unfinished = {
+            key: row
+            for key, row in rows.items()
+            if key.unit_id not in self._committed and key not in done
+        }
+        return dict(self._unfinished)
+
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        """Keeps the tokens of rows that this run cannot finish; called once, at its end.
+
+        The file takes the place of those that were loaded: it has their rows, too.
+        """
+        kept = furthest([*self._unfinished.values(), *rows])
+        path = unfinished_path(self._run_id)
+        data = encode_unfinished(list(kept.values()), job_id=self._job.job_id)
+        self._storage.put(path, data)
+        self._storage.delete(self._unfinished_paths)
+
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
         if not results:
@@ -188,6 +231,7 @@ class Ledger:
         with contextlib.suppress(FileExistsError):
             self._storage.create(path, data)
         self._units_of_partial[path] = _units_of(results)
+        self._forget_unfinished(results)
         for unit_id, rows in merge_partials([results], self._committed).items():
             before = self._flushed.get(unit_id, RunCounts(total=0))
             self._flushed[unit_id] = sum_counts(
@@ -230,6 +274,7 @@ class Ledger:
             commit = decode_stored_commit(self._storage, self._job, path, stored)
         self._add_commit(commit)
         self._storage.delete([claim_path(unit.unit_id)])
+        self._forget_unfinished(results)
         return commit.run_id == self._run_id
 
     def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
@@ -239,9 +284,11 @@ class Ledger:
         self._storage.put(run_path(run_id), encode_run(run))
 
     def clean(self) -> None:
-        """Deletes the partials that hold rows of committed units only, and claims at the end."""
+        """Deletes the partials that hold rows of committed units only; once all are committed,
+        claims and the tokens of unfinished rows, too."""
         if self.is_complete and not self.has_grown():
-            stale = [*list_partials(self._storage), *list_claims(self._storage)]
+            lists = (list_partials, list_claims, list_unfinished)
+            stale = [path for list_paths in lists for path in list_paths(self._storage)]
         else:
             stale = [
                 path
@@ -258,6 +305,10 @@ class Ledger:
         self.clean()
         last_id = self._job.last_id
         self._storage.put(done_path(last_id), json.dumps({"job_id": last_id}).encode())
+
+    def _forget_unfinished(self, results: Sequence[RowResult]) -> None:
+        for result in results:
+            self._unfinished.pop(result.key, None)
 
     def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
         failures = [result for result in results if isinstance(result, RowFailure)]

@@ -30,6 +30,24 @@ class RunSummary:
         assert ended == self.total_rows, f"{ended} rows ended of {self.total_rows}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedWork:
+    """What of a run is safe when it is stopped."""
+
+    finished_rows: int  # that ended in this run
+    unfinished_rows: int  # that go on where they were
+    unfinished_tokens: int  # of their outputs
+
+
+def stopped_text(what: str, why: str, notice_s: float, saved: SavedWork) -> str:
+    """How a run ends that was stopped `notice_s` seconds ago."""
+    return (
+        f"{what} ({why}), {notice_s:.1f} s after the notice; saved: {saved.finished_rows:,} rows "
+        f"that this run finished, and {saved.unfinished_tokens:,} output tokens of "
+        f"{saved.unfinished_rows:,} rows that it did not; run the same command again to go on"
+    )
+
+
 def summary_text(run: RunSummary) -> str:
     """The summary, a few lines."""
     lines = [
@@ -61,6 +79,7 @@ def _speed(run: RunSummary, engine: EngineStats) -> str:
         f"time: {format_duration(run.wall_s)}, {rows / wall_s:,.1f} rows/s, "
         f"{engine.prompt_tokens:,} prompt tokens ({engine.prompt_tokens / wall_s:,.0f}/s), "
         f"{engine.output_tokens:,} output tokens ({engine.output_tokens / wall_s:,.0f}/s)"
+        + (f", {engine.resumed_tokens:,} more of stopped runs" if engine.resumed_tokens else "")
     )
 
 

@@ -18,7 +18,14 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 from batchgen.job.loading import load_job
-from batchgen.records import Completion, EngineStats, Prompt, PromptSource, SampleOutput
+from batchgen.records import (
+    Completion,
+    EngineStats,
+    Prompt,
+    PromptSource,
+    SampleOutput,
+    UnfinishedRow,
+)
 from batchgen.runner import run_job
 
 FIRST_TOKEN_ID, NUM_TOKEN_IDS = 3, 300  # ordinary tokens of the tiny tokenizer
@@ -74,6 +81,9 @@ class StandInEngine:
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def unfinished(self) -> list[UnfinishedRow]:
+        return []
 
 
 def run_job_file(job: str, environment: Mapping[str, str], delay_s: float, max_rows: int) -> None:

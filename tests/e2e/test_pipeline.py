@@ -28,6 +28,8 @@ from batchgen.records import (
     RowKey,
     RowResult,
     SampleOutput,
+    SampleProgress,
+    UnfinishedRow,
     Unit,
 )
 from batchgen.units import FinishedUnit, UnitBoard
@@ -89,6 +91,9 @@ class ReversingEngine:
     def stop(self) -> None:
         self.stopped.set()
 
+    def unfinished(self) -> list[UnfinishedRow]:
+        return []
+
 
 @dataclass
 class ListSaver:
@@ -97,6 +102,7 @@ class ListSaver:
     committed: list[FinishedUnit] = field(default_factory=list)
     kept: list[RowResult] = field(default_factory=list)
     flushed: list[RowResult] = field(default_factory=list)
+    unfinished: list[UnfinishedRow] = field(default_factory=list)
 
     def finish(
         self, completions: Sequence[Completion], rows: Sequence[InputRow]
@@ -112,6 +118,9 @@ class ListSaver:
     def flush(self) -> None:
         self.flushed.extend(self.kept)
         self.kept.clear()
+
+    def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
+        self.unfinished.extend(rows)
 
 
 def make_stages(**changes: object) -> Stages:
@@ -359,6 +368,46 @@ def test_a_stop_whose_rows_could_not_be_saved_does_not_say_that_they_were(method
     with pytest.raises(StorageError, match="the disk is full") as caught:
         run_pipeline(stages, make_units(8, 25))
     assert caught.value.__cause__ is reasons[0]
+
+
+class StuckEngine(ReversingEngine):
+    """Yields one batch; its next step ends when `finish` is set, whatever `stop` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finish = threading.Event()
+
+    def run(self, source: PromptSource) -> Iterator[list[Completion]]:
+        prompts = source.take(20, wait=True)
+        for half in (prompts[:10], prompts[10:]):
+            yield [Completion(key=p.key, outputs=(ANSWER,), num_prompt_tokens=1) for p in half]
+            self.finish.wait(HANG_S)
+
+    def unfinished(self) -> list[UnfinishedRow]:
+        sample = SampleProgress(token_ids=(5, 6), finish_reason=None)
+        return [UnfinishedRow(key=RowKey(unit_id=0, index=20), samples=(sample,))]
+
+
+def test_a_stop_saves_at_once_then_what_the_last_step_has_then_what_is_unfinished() -> None:
+    engine, saver = StuckEngine(), ListSaver()
+    flushed_while_stuck: list[int] = []
+    started = time.monotonic()
+
+    def watch() -> BatchgenError | None:
+        if saver.flushed and not engine.finish.is_set():
+            flushed_while_stuck.append(len(saver.flushed))
+            engine.finish.set()
+        return Preempted("preempted") if time.monotonic() - started > 0.3 else None
+
+    with pytest.raises(Preempted):
+        run_pipeline(
+            make_stages(engine=engine, saver=saver, watch=watch),
+            make_units(1, 1000),
+            flush_interval_s=3600.0,
+        )
+    assert flushed_while_stuck == [10]
+    assert len(saver.flushed) == 20
+    assert saver.unfinished == engine.unfinished()
 
 
 def gate_and_make(bad: Callable[[int], bool]) -> Callable[[Sequence[InputRow]], list[object]]:

@@ -29,7 +29,6 @@ UNBUILT = {
     "engine.tensor_parallel_size": "2",
     "output.overwrite": "always",
     "errors.on_error": "record",
-    "preemption.watch": "none",
     "preemption.drain_timeout": "30s",
     "distributed.backend": "slurm",
     "distributed.workers": "2",

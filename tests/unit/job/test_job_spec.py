@@ -80,7 +80,16 @@ DEFAULTS = {
         "resume": "if_possible",
     },
     "errors": {"on_error": "dead_letter", "max_error_rate": 0.05, "window": 500},
-    "preemption": {"watch": "auto", "drain_timeout": "auto"},
+    "preemption": {
+        "watch": "auto",
+        "lead_time": "auto",
+        "endpoints": {
+            "aws": "http://169.254.169.254",
+            "gcp": "http://metadata.google.internal",
+            "azure": "http://169.254.169.254",
+        },
+        "drain_timeout": "auto",
+    },
     "distributed": {"backend": "local", "workers": 1},
     "budget": {"max_wall_time": None, "max_output_tokens": None},
     "observability": {"progress": "auto", "log_format": "text", "prometheus_port": None},
