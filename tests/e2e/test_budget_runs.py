@@ -159,7 +159,7 @@ def flush_and_fail(saver: UnitSaver, *_: object) -> None:
     raise OSError("the store is gone")
 
 
-def fail(*_: object) -> None:
+def fail(*_: object, **__: object) -> None:
     raise OSError("the store is gone")
 
 
