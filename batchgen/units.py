@@ -221,9 +221,13 @@ class UnitSaver:
         self._unsaved.pop(unit.unit_id, None)
 
     def flush(self) -> None:
-        """Write what is neither committed nor flushed, so that a kill does not lose it."""
+        """Write what is neither committed nor flushed, so that a kill does not lose it.
+
+        What commits have made superfluous among earlier flushes is deleted.
+        """
         self._ledger.flush_partial([row for rows in self._unsaved.values() for row in rows])
         self._unsaved.clear()
+        self._ledger.clean()
 
     def _rows(
         self, completion: Completion, row: InputRow, texts: Sequence[str]
