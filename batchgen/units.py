@@ -232,9 +232,13 @@ class UnitSaver:
         self._unsaved.pop(unit.unit_id, None)
 
     def flush(self) -> None:
-        """Write what is neither committed nor flushed, so that a kill does not lose it."""
+        """Write what is neither committed nor flushed, so that a kill does not lose it.
+
+        What commits have made superfluous among earlier flushes is deleted.
+        """
         self._ledger.flush_partial([row for rows in self._unsaved.values() for row in rows])
         self._unsaved.clear()
+        self._ledger.clean()
         if self._engine_stats is not None:
             wall_s = time.monotonic() - self._followed_at
             self._ledger.record_run(self._engine_stats(), wall_s=wall_s)

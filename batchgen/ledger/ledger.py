@@ -156,10 +156,11 @@ class Ledger:
 
         A partial that cannot be understood is left out with a warning in the log.
         """
-        partials = dict(read_partials(self._storage, self._job))
-        for path, results in partials.items():
+        waiting: list[list[RowResult]] = []  # without the rows of committed units, which are many
+        for path, results in read_partials(self._storage, self._job):
             self._units_of_partial[path] = _units_of(results)
-        merged = merge_partials(list(partials.values()), self._committed)
+            waiting.append([r for r in results if r.key.unit_id not in self._committed])
+        merged = merge_partials(waiting, self._committed)
         self._flushed = {unit_id: count_results(rows) for unit_id, rows in merged.items()}
         self._count()
         return merged

@@ -185,6 +185,8 @@ class TemplateSet:
             if _is_literal(tree):
                 self._constants[len(self._templates)] = Text((template.render(),))
             columns |= jinja2.meta.find_undeclared_variables(tree)
+            # jinja makes a ChainMap of them, and walks it with every row.
+            template.globals = dict(template.globals)
             self._templates.append((where, template))
         self.columns = frozenset(columns)
 

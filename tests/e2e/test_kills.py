@@ -93,7 +93,7 @@ def test_a_run_killed_again_and_again_equals_one_that_was_not(
 def test_the_real_command_killed_again_and_again(
     tmp_path: Path, request: pytest.FixtureRequest, store: str, temperature: float
 ) -> None:
-    write_jsonl(tmp_path / "data.jsonl", make_rows(80))
+    write_jsonl(tmp_path / "data.jsonl", make_rows(60))
     job = write_job(
         tmp_path,
         DEMO_MODEL,
@@ -115,5 +115,5 @@ def test_the_real_command_killed_again_and_again(
     )
     status = json.loads(batchgen("status", job, "--json", "-o", f"output.uri={killed}").stdout)
     assert status["state"] == "done"
-    assert count_ended(status) == status["rows"]["total"] == 80
+    assert count_ended(status) == status["rows"]["total"] == 60
     assert read_output(killed) == read_output(whole)
