@@ -239,8 +239,10 @@ def test_faults_kills_and_late_listings_at_random(
     assert ends.total() - ends[Killed] > NUM_FAULTY_JOBS / 10
 
 
-class NoSignals(runner.SignalWatch):
+class NoSignals:
     """For a run inside a run, which may be on another thread."""
+
+    notice = None
 
     def __enter__(self) -> NoSignals:
         return self
@@ -253,7 +255,7 @@ class NoSignals(runner.SignalWatch):
 def test_paused_at_every_request_while_another_runs_to_the_end(
     spec: JobSpec, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, moment: Moment
 ) -> None:
-    monkeypatch.setattr(runner, "SignalWatch", NoSignals)
+    monkeypatch.setattr(runner, "watch_for", lambda *_: NoSignals())
     for pause_at in itertools.count(1):
         world = World(objects=input_files("bucket/in"))
         paused = Life(
@@ -271,7 +273,7 @@ def test_paused_at_every_request_while_another_runs_to_the_end(
 def test_paused_at_random_while_another_is_killed(
     spec: JobSpec, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "SignalWatch", NoSignals)
+    monkeypatch.setattr(runner, "watch_for", lambda *_: NoSignals())
     for seed in range(NUM_PAUSES):
         moments = random.Random(seed)
         world = World(objects=input_files("bucket/in"))
