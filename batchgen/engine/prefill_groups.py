@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from batchgen.engine.prefix_groups import common_with_next
 from batchgen.engine.step_plan import ChunkGroups, Int32
 
-# What a step with groups costs more for each tile of a chunk alone, in KV tokens that the tile
-# could attend to meanwhile: a start more, two results written and read, the merged one written.
-# Measured on an H200: at 512 both take the same time (benchmarks.md).
-MERGE_COST_TOKENS = 512
+# What a step with groups costs more for each tile of query tokens, in KV tokens that the tile could
+# attend to meanwhile: a start more, two results written and read, the merged one written. Measured
+# on an H200: between 400 and 800 for tiles of 16 to 64 own query rows (benchmarks.md).
+MERGE_COST_TOKENS = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class _Tiles:
         self._tiles: list[int] = [0, *np.cumsum(-(-query_lens_B // tile_tokens)).tolist()]
 
     @property
-    def total(self) -> int:
-        """Of all chunks alone."""
-        return self._tiles[-1]
+    def num_full(self) -> float:
+        """As many as all tokens would fill."""
+        return self._tokens[-1] / self._tile_tokens
 
     def spared(self, first: int, end: int) -> int:
         together = -(-(self._tokens[end] - self._tokens[first]) // self._tile_tokens)
@@ -85,7 +85,7 @@ def find_chunk_groups(
     tiles = _Tiles(query_lens_B, tile_tokens)
     groups = _best_groups(common, tiles)
     saving = sum(group.saving for group in groups)
-    if saving < max(min_saving, 1) or saving * block_size <= MERGE_COST_TOKENS * tiles.total:
+    if saving < max(min_saving, 1) or saving * block_size <= MERGE_COST_TOKENS * tiles.num_full:
         return None
     bounds, num_blocks = [0], []
     for group in groups:

@@ -5,7 +5,7 @@
 A step of 16,384 query tokens: groups of chunks with a prefix in common, each chunk with as many
 tokens of its own. `plain_us` is one call over all KV; `grouped_us` what takes its place, of which
 `own_us` and `prefix_us` are the parts before the merge. `spared` is what prefill_groups weighs
-against MERGE_COST_TOKENS: KV tokens that tiles need not attend to, for each tile of a chunk alone.
+against MERGE_COST_TOKENS: KV tokens that tiles need not attend to, for each tile of query tokens.
 The constant belongs where the speedup crosses 1.
 """
 
@@ -80,7 +80,7 @@ class Case:
         tokens = tile.block_m * self.shape.num_kv_heads // self.shape.num_heads
         alone = self.members * -(-self.own // tokens)
         together = -(-self.members * self.own // tokens)
-        return (alone - together) * self.prefix / alone
+        return (alone - together) * self.prefix * tokens / (self.members * self.own)
 
 
 def cases() -> Iterator[Case]:

@@ -194,11 +194,16 @@ def test_damage_in_the_middle_of_a_parquet_file(tmp_path: Path) -> None:
     ("name", "data", "declared", "message"),
     [
         ("a.txt", b"some text", "auto", "neither its name nor its content"),
-        ("a.gz", gzip.compress(b"text"), "auto", "neither its name nor its content"),
+        ("a.gz", gzip.compress(b"text", mtime=0), "auto", "neither its name nor its content"),
         ("a.jsonl", parquet_file(ROWS), "auto", "is a parquet file, not jsonl"),
         ("a.parquet", json_lines(ROWS), "auto", "empty or no parquet file"),
         ("a.parquet", parquet_file(ROWS), "csv", "is a parquet file, not csv"),
-        ("a.parquet.gz", gzip.compress(parquet_file(ROWS)), "auto", "compressed as a whole"),
+        (
+            "a.parquet.gz",
+            gzip.compress(parquet_file(ROWS), mtime=0),
+            "auto",
+            "compressed as a whole",
+        ),
         ("a.json", b'[\n  {"a": 1},\n  {"a": 2}\n]', "auto", "begins with a JSON array"),
         ("a.csv", b"id,,id\n1,2,3\n", "auto", "same name: '', 'id'"),
         ("a.csv", b'i"d,"x"y\n1,2\n', "auto", "header is damaged"),

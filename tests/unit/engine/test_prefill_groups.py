@@ -101,9 +101,9 @@ def test_a_saving_below_the_least_is_none() -> None:
 
 
 def test_the_merge_of_all_chunks_must_be_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine blocks of two tokens against six tiles, two of them of a chunk that shares nothing."""
+    """Nine blocks of two tokens against three tiles, two of them of a chunk that shares nothing."""
     chunks = [*[([1, 1, 1], 1)] * 4, ([0], 8)]
-    for cost, pays in ((2, True), (3, False)):
+    for cost, pays in ((5, True), (6, False)):
         monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", cost)
         assert (find(chunks) is not None) == pays
 
