@@ -138,7 +138,7 @@ def check_job(spec: JobSpec) -> InputPlan:
     """
     plan = plan_input(spec.input, spec.checkpoint.unit_rows)
     check_columns(spec.prompt, plan.schema.names)
-    output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+    output_schema(spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams)
     for row in read_sample(spec.input, plan, 1):
         check_first_row(spec.prompt, row)
     return plan
@@ -164,7 +164,9 @@ def open_job(spec: JobSpec) -> OpenJob:
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
         text_model = load_text_model(spec, model_files)
         files: Sequence[InputFile] = plan.files
-        schema = output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+        schema = output_schema(
+            spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams
+        )
         ledger_plan = LedgerPlan(
             files=plan.files, units=plan.units, schema_base64=encode_schema(schema)
         )

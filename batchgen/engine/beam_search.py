@@ -13,26 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from batchgen.engine.config import BeamOptions
 from batchgen.engine.inputs import to_device
 from batchgen.engine.step_plan import Int32
 
 _CHUNK = 8192  # logits of a row that are fp32 at a time
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BeamOptions:
-    """The same for every group of a job; the meaning of each field is transformers'."""
-
-    width: int  # at least 2
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    end_token_ids: Sequence[int] = ()  # a hypothesis ends with any of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +82,9 @@ class BeamSearch:
         self._device = device
         size, width = num_groups + 1, options.width
         self._beams_W = torch.arange(width, device=device)
-        ends = sorted(set(options.end_token_ids))
+        ends = options.end_token_ids
         self._ends_E = torch.tensor(ends, dtype=torch.int64, device=device)
-        # A beam has len(ends) candidates that end it: so W are left that do not.
-        self._num_candidates = max(2, 1 + len(ends)) * width
+        self._num_candidates = options.num_candidates
         lengths = torch.arange(max_output_tokens + 1, dtype=torch.float64)
         self._penalties = (lengths**options.length_penalty).float().to(device)  # by output length
         self.prompt_lens_M = torch.zeros(size, dtype=torch.int32, device=device)
@@ -165,26 +154,34 @@ class BeamSearch:
             kv_lens_G=self.prompt_lens_M[groups_G] + (num_outputs_G - 1).int(),
         )
 
-    def best(self, group: int) -> list[Hypothesis]:
-        """The W hypotheses of a group that is done, best first; none if a logit was NaN.
+    def best(self, groups: Sequence[int]) -> list[list[Hypothesis]]:
+        """The W hypotheses of each of these groups, which are done, best first; none if a logit was
+        NaN.
 
         Waits for the current stream. A group that is done is not written: so this may run on a
         stream of its own, beside later steps of other groups.
         """
-        tokens_YW = self._tokens_MYW[group].cpu()
-        parents_YW = self._parents_MYW[group].cpu()
-        edges = self._final_edges_MW3[group].tolist()
-        hypotheses = []
-        for score, edge in zip(self._final_scores_MW[group].tolist(), edges, strict=True):
-            if score == float("-inf"):
-                break
-            length, beam, token = edge
-            token_ids = [token]
-            for place in range(length - 2, -1, -1):
-                token_ids.append(int(tokens_YW[place, beam]))
-                beam = int(parents_YW[place, beam])
-            hypotheses.append(Hypothesis(token_ids=token_ids[::-1], score=score))
-        return hypotheses
+        groups_G = torch.tensor(groups, device=self._device)
+        tokens_GYW = self._tokens_MYW[groups_G].cpu().numpy()
+        parents_GYW = self._parents_MYW[groups_G].cpu().numpy()
+        scores_GW = self._final_scores_MW[groups_G].cpu().numpy()
+        edges_GW3 = self._final_edges_MW3[groups_G].cpu().numpy()
+        # Each hypothesis walks back from its end, all of them at once.
+        beams_GW, index_G1 = edges_GW3[..., 1].copy(), np.arange(len(groups))[:, None]
+        ids_GWY = np.zeros((*beams_GW.shape, tokens_GYW.shape[1]), dtype=np.int32)
+        for place in range(int(edges_GW3[..., 0].max()) - 2, -1, -1):
+            ids_GWY[..., place] = tokens_GYW[index_G1, place, beams_GW]
+            is_begun_GW = place <= edges_GW3[..., 0] - 2
+            parents_GW = parents_GYW[index_G1, place, beams_GW]
+            beams_GW = np.where(is_begun_GW, parents_GW, beams_GW)
+        return [
+            [
+                Hypothesis(token_ids=[*ids_WY[i, : edge[0] - 1].tolist(), int(edge[2])], score=s)
+                for i, (edge, s) in enumerate(zip(edges_W3, scores_W.tolist(), strict=True))
+                if s > float("-inf")
+            ]
+            for ids_WY, edges_W3, scores_W in zip(ids_GWY, edges_GW3, scores_GW, strict=True)
+        ]
 
     def _candidates(self, logits_BV: Tensor, scores_GW: Tensor) -> _Candidates:
         """A group's K best are among the K best of each beam, whose order the logits decide."""

@@ -97,7 +97,7 @@ class ModelRunner:
         written."""
         if self.state.device.type == "cpu":
             return
-        self._prefill(_padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size))
+        self._prefill(padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size))
         self.state.kv_lens_R.zero_()
         if self._graphs is not None:
             self._graphs.capture_all()
@@ -185,8 +185,8 @@ class ModelRunner:
         return StepResult(tokens_kB=tokens, active_B=active, event=event)
 
 
-def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> PrefillPlan:
-    """A step of `num_tokens` that belong to nobody."""
+def padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> PrefillPlan:
+    """A step of `num_tokens` that belong to nobody, for warming up."""
     length = min(num_tokens, state.block_table_RX.shape[1] * block_size)
     count = num_tokens // length
     empty = np.zeros(0, dtype=np.int32)

@@ -33,12 +33,12 @@ class SequenceTable:
         return len(self._free_rows)
 
     def enter(self, item: QueuedPrompt, shared_len: int) -> list[int]:
-        """Gives each sample of the prompt a row; as many must be free.
+        """Gives each sample of the prompt a row (all of its beams one); as many must be free.
 
         The first one prefills the prompt, of which `item.num_computed` tokens are cached. The
         others wait for it, to share `shared_len` tokens.
         """
-        rows = [self._free_rows.pop() for _ in range(item.num_samples)]
+        rows = [self._free_rows.pop() for _ in range(item.num_rows)]
         for sample, row in enumerate(rows):
             self.occupants[row] = item
             self.sample_R[row] = sample

@@ -30,6 +30,7 @@ class SchedulerConfig:
     merge_duplicates: bool  # a completion is a function of the prompt alone
     # Blocks whose reading a decode step must save for shared prefixes to be read apart; None: never
     min_prefix_saving: int | None
+    beam_width: int | None = None  # then max_num_seqs is a multiple of it
 
 
 class State(IntEnum):
@@ -50,9 +51,12 @@ class QueuedPrompt:
     when the prompt's turn comes, while the device is busy.
     """
 
-    def __init__(self, prompt: Prompt, hash_block_size: int | None) -> None:
+    def __init__(
+        self, prompt: Prompt, hash_block_size: int | None, *, has_beams: bool = False
+    ) -> None:
         """`hash_block_size` is None where prefixes are not cached."""
         self.prompt = prompt
+        self.num_rows = 1 if has_beams else len(prompt.seeds)  # a sample each, or a beam group
         self.duplicates: list[Prompt] = []
         self.num_prompt_tokens = len(prompt.token_ids)
         self.outputs: dict[int, SampleOutput] = {}  # of the samples that have ended

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from batchgen.engine.beam_search import BeamOptions, BeamSearch, Hypothesis
+from batchgen.engine.beam_search import BeamSearch, Hypothesis
+from batchgen.engine.config import BeamOptions
 from tests.parity.tiny_models import Family, tiny_model
-from tests.unit.engine.beam_blocks import CPU, History, LogitsOf, run_beams
+from tests.unit.engine.labelled_blocks import CPU, History, LogitsOf, run_beams
 
 VOCAB_SIZE = 96
 END_TOKENS = [2, 5, 11, 17]
@@ -224,5 +225,5 @@ def test_scores_over_a_large_vocabulary(dtype: torch.dtype) -> None:
     search.enter(*(np.array(x, dtype=np.int32) for x in ([0, 1, 2], [5, 6, 7], [6, 7, 8])))
     search.step(torch.arange(3), logits_GV)
     expected = logits_GV.double().log_softmax(1).topk(4).values
-    actual = torch.tensor([[h.score for h in search.best(group)] for group in range(3)])
+    actual = torch.tensor([[h.score for h in found] for found in search.best(range(3))])
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=0)

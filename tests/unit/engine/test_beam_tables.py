@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from batchgen.engine.beam_search import BeamOptions, BeamSearch, BeamStep, BeamTables
-from tests.unit.engine.beam_blocks import CPU, Blocks
+from batchgen.engine.beam_search import BeamSearch, BeamStep, BeamTables
+from batchgen.engine.config import BeamOptions
+from tests.unit.engine.labelled_blocks import CPU, Blocks
 
 VOCAB_SIZE = 96
 END_TOKENS = [2, 5]

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batchgen.engine.beam_search import BeamOptions, BeamSearch, BeamStep, BeamTables, Hypothesis
+from batchgen.engine.beam_search import BeamSearch, BeamStep, BeamTables, Hypothesis
+from batchgen.engine.config import BeamOptions
 
 CPU = torch.device("cpu")
 History = tuple[int, ...]
@@ -168,6 +169,6 @@ def run_beams(
                 logits_GWV[index] = logits_of(blocks.histories[group])
         blocks.apply(groups, search.step(torch.tensor(groups), logits_GWV.flatten(0, 1)))
         for group in [group for group in prompt_of if search.is_done_M[group]]:
-            results[prompt_of.pop(group)] = search.best(group)
+            results[prompt_of.pop(group)] = search.best([group])[0]
             blocks.release(group)
     return results, blocks
