@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchgen.engine.beam_runner import BeamCounts, BeamResult, BeamRunner, BeamWindow
+from batchgen.engine.beam_runner import BeamCounts, BeamResult, BeamRunner
 from batchgen.engine.beam_scheduler import BeamScheduler
 from batchgen.engine.beam_search import Hypothesis
 from batchgen.engine.completer import Pending, completions_of, nan_error
@@ -38,28 +38,30 @@ class BeamCompleter:
         # A group may have ended, and even found a new occupant, after this step was launched.
         current = table.sequence_id_R[plan.rows] == plan.sequence_ids
         goes_on = current & window.active_G
+        ended = current & ~window.active_G
+        completions: list[Completion] = []
+        if ended.any():
+            found = self._runner.hypotheses(plan.rows[ended].tolist())
+            ends = zip(plan.rows[ended].tolist(), window.num_outputs_G[ended].tolist(), strict=True)
+            for (group, num_steps), hypotheses in zip(ends, found, strict=True):
+                completions += self._complete(group, num_steps, hypotheses)
         if plan.beams is not None:
-            self._count(window, plan.beams.num_steps)
             groups = plan.rows[goes_on].astype(np.intp)
             kv_lens = table.prompt_len_R[groups] + window.num_outputs_G[goes_on] - 1
-            self._scheduler.reclaim(groups, kv_lens, window.table_GWX[goes_on])
-        ended = plan.rows[current & ~window.active_G].tolist()
-        if not ended:
-            return []
-        num_steps = window.num_outputs_G[current & ~window.active_G].tolist()
-        found = zip(ended, num_steps, self._runner.hypotheses(ended), strict=True)
-        return [completion for each in found for completion in self._complete(*each)]
+            saved = self._share_saved(window.counts, plan.beams.num_steps)
+            self._scheduler.read_window(groups, kv_lens, window.table_GWX[goes_on], saved)
+        return completions
 
-    def _count(self, window: BeamWindow, num_steps: int) -> None:
-        """Adds to the counters what the device has counted since the last window."""
-        counters, new, old = self._scheduler.counters, window.counts, self._seen
-        self._seen = new
-        counters.copied_blocks = new.copied_blocks
-        beam_blocks = new.beam_blocks - old.beam_blocks
-        if beam_blocks:
-            saved = beam_blocks - (new.distinct_blocks - old.distinct_blocks)
-            counters.saved_sum += saved / beam_blocks
-            counters.peak_saved_blocks = max(counters.peak_saved_blocks, saved // num_steps)
+    def _share_saved(self, counts: BeamCounts, num_steps: int) -> float:
+        """Of the blocks that the beams of the last window would hold if they shared none; notes
+        what else the device has counted in it."""
+        counters, seen = self._scheduler.counters, self._seen
+        self._seen = counts
+        counters.copied_blocks = counts.copied_blocks
+        beam_blocks = counts.beam_blocks - seen.beam_blocks
+        saved = beam_blocks - (counts.distinct_blocks - seen.distinct_blocks)
+        counters.peak_saved_blocks = max(counters.peak_saved_blocks, saved // num_steps)
+        return saved / max(beam_blocks, 1)
 
     def _complete(
         self, group: int, num_steps: int, hypotheses: Sequence[Hypothesis]

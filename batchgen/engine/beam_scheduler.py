@@ -59,7 +59,7 @@ class BeamScheduler:
         self._prefill = Prefill(
             config, self.table, self.kv, self._tail, self.admission, self.counters, self.blocks
         )
-        self._own_share = 1.0  # of a group's blocks if its beams shared none of their outputs
+        self._last_share = 1.0  # see _distinct_share; before anything is known, all are distinct
         self._ending: list[int] = []  # groups of the last plan that need no KV after it
 
     # -- what comes in and what is known -------------------------------------------------------
@@ -76,10 +76,11 @@ class BeamScheduler:
     def num_swapped(self) -> int:
         return 0
 
-    def reclaim(
-        self, groups: NDArray[np.intp], kv_lens: NDArray[np.int64], table_GWX: Int32
+    def read_window(
+        self, groups: NDArray[np.intp], kv_lens: NDArray[np.int64], table_GWX: Int32, saved: float
     ) -> None:
-        """A window's result is read: these groups go on, with this table at these lengths."""
+        """A window's result is read: these groups go on, with this table at these lengths. `saved`:
+        the share of blocks that beams saved by sharing."""
         decodes = self.table.state_R[groups] == State.DECODE  # others have given all back
         groups, kv_lens, table_GWX = groups[decodes], kv_lens[decodes], table_GWX[decodes]
         if len(groups) == 0:
@@ -90,6 +91,7 @@ class BeamScheduler:
         slots = self.blocks.num_columns_M[groups] * self.config.block_size
         unused = self.width * int((slots - kv_lens).sum())
         self.counters.waste_sum += unused / (self.kv.gpu.num_used * self.config.block_size)
+        self.counters.saved_sum += saved
         self.counters.waste_samples += 1
 
     def finish(self, group: int, num_steps: int) -> QueuedPrompt:
@@ -245,28 +247,32 @@ class BeamScheduler:
         groups = table.live_rows(State.PREFILL, State.DECODE)
         held = self.kv.num_blocks_R[groups] - table.cached_len_R[groups] // size
         held = np.maximum(held, 0) + self.blocks.num_held_M[groups]
-        capacity = (self.config.gpu_blocks - self.kv.gpu.num_used + int(held.sum())) * size
-        rate = self.width * self._share_of_own(groups)
-        tails = np.array([self.blocks.blocks_beside(item.num_prompt_tokens) for item in candidates])
+        # Others than the oldest group do not touch what it may need.
+        usable = self.kv.gpu.num_free - self._most_blocks() + int(held.sum())
+        capacity = usable * size
+        rate = self.width * self._distinct_share(groups)
+        entering = new_own + self.width * size  # each beam soon has a block of its own to fill
         peaks = self.admission.forecast_peaks(
             groups,
             np.maximum(table.kv_len_R[groups] - table.prompt_len_R[groups], 0),
             candidates,
-            (np.concatenate([held * size, new_own + tails * size]) / rate).astype(np.int64),
+            (np.concatenate([held * size, entering]) / rate).astype(np.int64),
         )
         count = int(np.searchsorted(peaks, capacity / rate, side="right"))
         return Admissible(count=count, num_rows=count, num_tokens=int(new_own[:count].sum()))
 
-    def _share_of_own(self, groups: NDArray[np.intp]) -> float:
-        """Blocks of outputs that groups hold, of those that they would hold if beams shared none;
-        as last seen where no group has any."""
-        size = self.config.block_size
-        shared = self.table.prompt_len_R[groups] // size
-        unshared = self.width * int((self.blocks.num_columns_M[groups] - shared).sum())
-        held = int(self.blocks.num_held_M[groups].sum())
-        if held:
-            self._own_share = min(1.0, max(held / unshared, 1 / self.width))
-        return self._own_share
+    def _distinct_share(self, groups: NDArray[np.intp]) -> float:
+        """In the full columns of outputs: blocks that groups hold, of what unshared ones would be;
+        as last seen where there are no such columns."""
+        num_full = self.table.kv_len_R[groups] // self.config.block_size
+        num_open = self.blocks.num_columns_M[groups] - num_full
+        num_outputs = num_full - self.table.prompt_len_R[groups] // self.config.block_size
+        has_full = num_outputs > 0
+        if has_full.any():
+            held = (self.blocks.num_held_M[groups] - self.width * num_open)[has_full].sum()
+            share = float(held / (self.width * num_outputs[has_full].sum()))
+            self._last_share = min(1.0, max(share, 1 / self.width))
+        return self._last_share
 
     def check_integrity(self) -> None:
         """Asserts that groups, blocks and states agree. Called after every step in tests."""
