@@ -107,10 +107,10 @@ def test_sequences_and_scores_are_those_of_transformers(
         tmp_path,
         beams,
         n=beams.width,
-        max_num_seqs=4 * beams.width,
+        max_num_seqs=8 * beams.width,
         block_size=4,
         max_model_len=126,
-        num_gpu_blocks=35 + 10 * beams.width,
+        num_gpu_blocks=30 + 8 * beams.width,
     )
     scheduler = engine._scheduler
     assert isinstance(scheduler, BeamScheduler)
