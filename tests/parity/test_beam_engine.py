@@ -66,22 +66,25 @@ def hypotheses_of(completion: Completion) -> list[Hypothesis]:
     return found
 
 
+def transformers_on(model: Any, prompt: Prompt, beams: BeamOptions) -> list[Hypothesis]:
+    return transformers_beams(
+        model,
+        tuple(prompt.token_ids),
+        prompt.max_tokens,
+        num_returned=len(prompt.seeds),
+        num_beams=beams.width,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping,
+        eos_token_id=list(beams.end_token_ids) or None,
+    )
+
+
 def assert_equals_transformers(
     model: Any, prompts: list[Prompt], completions: dict[int, Completion], beams: BeamOptions
 ) -> None:
     for prompt in prompts:
-        expected = transformers_beams(
-            model,
-            tuple(prompt.token_ids),
-            prompt.max_tokens,
-            num_returned=len(prompt.seeds),
-            num_beams=beams.width,
-            length_penalty=beams.length_penalty,
-            early_stopping=beams.early_stopping,
-            eos_token_id=list(beams.end_token_ids) or None,
-        )
         completion = completions[prompt.key.index]
-        assert_same(hypotheses_of(completion), expected)
+        assert_same(hypotheses_of(completion), transformers_on(model, prompt, beams))
         for output in completion.outputs:
             is_end = output.token_ids[-1] in beams.end_token_ids
             assert output.finish_reason == ("stop" if is_end else "length")

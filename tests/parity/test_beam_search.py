@@ -76,7 +76,7 @@ def transformers_beams(
         use_cache=not isinstance(model, TableModel),
         **options,
     )
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     lengths = (out.beam_indices >= 0).sum(1).tolist()
     return [
