@@ -173,6 +173,7 @@ class EngineStats:
     peak_saved_blocks: int = 0  # by sharing
     copied_blocks: int = 0  # shared ones, copied for a row to write on
     prefix_blocks_saved: int = 0  # not read by decode steps: a group's shared prefix is read once
+    prefill_blocks_saved: int = 0  # the same for prefill steps, by tile of query tokens
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     stalled_sequences: int = 0  # sequence-windows that waited in place for KV room

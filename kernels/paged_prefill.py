@@ -1,8 +1,13 @@
-"""Causal attention of many query tokens a sequence over paged KV: prefill, whole or in chunks.
+"""Attention of many query tokens a sequence over paged KV: prefill, whole or in chunks.
 
 out = softmax(scale * q k^T + mask) v. Query token j of a sequence stands at position
 seq_len - query_len + j and sees the KV at positions up to its own; this step's KV is already in
 the cache, so a chunk over a cached prefix is the same call.
+
+Neighbouring chunks that share a prefix may read it once: a call without the causal mask, in which
+the chunks' queries together are one sequence over the prefix; a call over each chunk's own KV, by
+kv_starts; and shared_prefix.merge_attention of both. What the first call saves are the prefix's
+tiles over short chunks, which do not fill a tile of queries by themselves.
 
 A program handles one kv head and a tile of query tokens with all heads of the GQA group, so that
 a group reads its KV once and little of a tile is lost on the diagonal. Only the tiles on the
@@ -14,6 +19,9 @@ R slots, X blocks of a table row, B sequences.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal, overload
 
 import torch
 import triton
@@ -30,14 +38,7 @@ from batchgen.kernels.attention import (
     find_row,
     finish,
 )
-from batchgen.kernels.tuning import FP32_PREFILL, TileShape, by_head, tuning_for
-
-
-def tile_shape(dtype: torch.dtype, head_padded: int, device: torch.device) -> TileShape:
-    """Launch parameters, by dtype, padded head size and GPU."""
-    if dtype == torch.float32:
-        return FP32_PREFILL
-    return by_head(tuning_for(device).prefill, head_padded)
+from batchgen.kernels.tuning import prefill_tile
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -49,7 +50,9 @@ def _paged_prefill_kernel(
     slot_ids_ptr,
     cu_seqlens_q_ptr,
     seq_lens_ptr,
+    kv_starts_ptr,
     out_ptr,
+    lse_ptr,
     num_rows,
     block_stride,
     table_stride,
@@ -62,6 +65,8 @@ def _paged_prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    LOG_2: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     # From the last tile to the first: those at the end of a sequence have the most work.
@@ -88,12 +93,22 @@ def _paged_prefill_kernel(
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
     acc_MH = tl.zeros([BLOCK_M, HEAD_PADDED], tl.float32)
-    position_M = context_len + token_M
     k_ptr += kv_head * BLOCK_SIZE * HEAD
     v_ptr += kv_head * BLOCK_SIZE * HEAD
     table_ptr += slot * table_stride
-    kv_end = context_len + tl.minimum(first + BLOCK_Q, query_len)
-    full_end = (context_len + first + 1) // BLOCK_L * BLOCK_L
+    if kv_starts_ptr is not None:
+        # As if the sequence began there: positions count from the first KV token that is read.
+        kv_start = tl.load(kv_starts_ptr + row).to(tl.int32)
+        table_ptr += kv_start // BLOCK_SIZE
+        context_len -= kv_start
+    if IS_CAUSAL:
+        position_M = context_len + token_M
+        kv_end = context_len + tl.minimum(first + BLOCK_Q, query_len)
+        full_end = (context_len + first + 1) // BLOCK_L * BLOCK_L
+    else:
+        kv_end = context_len + query_len
+        position_M = tl.zeros([BLOCK_M], tl.int32) + (kv_end - 1)
+        full_end = kv_end // BLOCK_L * BLOCK_L
     acc_MH, max_M, sum_M = attend(
         acc_MH,
         max_M,
@@ -132,8 +147,44 @@ def _paged_prefill_kernel(
         BLOCK_L,
         MASKED=True,
     )
-    out_MH, _ = finish(acc_MH, max_M, sum_M)
+    out_MH, lse_M = finish(acc_MH, max_M, sum_M)
     tl.store(out_ptr + index_MH, out_MH.to(out_ptr.dtype.element_ty), mask=mask_MH)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + index_M // HEAD, lse_M * LOG_2, mask=real_M)
+
+
+@overload
+def paged_prefill(
+    q_TNH: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    block_table_RX: Tensor,
+    slot_ids_B: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    seq_lens_B: Tensor,
+    *,
+    scale: float,
+    kv_starts_B: Tensor | None = None,
+    is_causal: bool = True,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def paged_prefill(
+    q_TNH: Tensor,
+    k_cache_PKSH: Tensor,
+    v_cache_PKSH: Tensor,
+    block_table_RX: Tensor,
+    slot_ids_B: Tensor,
+    cu_seqlens_q_B1: Tensor,
+    seq_lens_B: Tensor,
+    *,
+    scale: float,
+    kv_starts_B: Tensor | None = None,
+    is_causal: bool = True,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def paged_prefill(
@@ -146,12 +197,20 @@ def paged_prefill(
     seq_lens_B: Tensor,
     *,
     scale: float,
-) -> Tensor:
-    """Causal attention of each sequence's query tokens over its KV. Returns out_TNH in q's dtype.
+    kv_starts_B: Tensor | None = None,
+    is_causal: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each sequence's query tokens over its KV. Returns out_TNH in q's dtype.
 
     cu_seqlens_q_B1 cuts q_TNH into sequences; it begins with 0. Rows of q_TNH past its last entry
     are padding: they are not read and their output is not written. A sequence may have no query
     tokens. seq_lens_B counts all KV of a sequence, this step's tokens with it. scale is positive.
+
+    kv_starts_B counts leading tokens to leave out, whole blocks, at most those before the first
+    query token. Without is_causal every query token sees all KV, and a sequence may have none.
+    With return_lse also lse_TN: the natural log of the sum of exp(scale * score), fp32, and -inf
+    for padding and for tokens that see no KV, whose output is of no use (and not written).
     """
     check_query(q_TNH, k_cache_PKSH, v_cache_PKSH)
     num_tokens, num_heads, head_size = q_TNH.shape
@@ -161,7 +220,12 @@ def paged_prefill(
     check_index(seq_lens_B, (num_rows,), q_TNH.device, "seq_lens")
     check_index(cu_seqlens_q_B1, (num_rows + 1,), q_TNH.device, "cu_seqlens_q")
     check_block_table(block_table_RX, q_TNH.device)
+    if kv_starts_B is not None:
+        check_index(kv_starts_B, (num_rows,), q_TNH.device, "kv_starts")
     out_TNH = torch.empty_like(q_TNH)
+    lse_TN = None
+    if return_lse:
+        lse_TN = q_TNH.new_full((num_tokens, num_heads), -math.inf, dtype=torch.float32)
     if paged_prefill_hopper.supports(q_TNH, k_cache_PKSH):
         paged_prefill_hopper.launch(
             q_TNH,
@@ -171,13 +235,16 @@ def paged_prefill(
             slot_ids_B,
             cu_seqlens_q_B1,
             seq_lens_B,
+            kv_starts_B,
             out_TNH,
+            lse_TN,
             scale=scale,
+            is_causal=is_causal,
         )
-        return out_TNH
+        return out_TNH if lse_TN is None else (out_TNH, lse_TN)
     group = num_heads // num_kv_heads
     head_padded = triton.next_power_of_2(head_size)
-    shape = tile_shape(q_TNH.dtype, head_padded, q_TNH.device)
+    shape = prefill_tile(q_TNH.dtype, head_size, q_TNH.device)
     assert group <= shape.block_m, f"{group} query heads a kv head do not fit into a tile"
     block_q = shape.block_m // group
     _paged_prefill_kernel[(num_kv_heads, num_tokens // block_q + num_rows)](
@@ -188,7 +255,9 @@ def paged_prefill(
         slot_ids_B,
         cu_seqlens_q_B1,
         seq_lens_B,
+        kv_starts_B,
         out_TNH,
+        lse_TN,
         num_rows,
         k_cache_PKSH.stride(0),
         block_table_RX.stride(0),
@@ -201,7 +270,9 @@ def paged_prefill(
         BLOCK_M=shape.block_m,
         BLOCK_Q=block_q,
         BLOCK_L=shape.block_l,
+        IS_CAUSAL=is_causal,
+        LOG_2=math.log(2),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
-    return out_TNH
+    return out_TNH if lse_TN is None else (out_TNH, lse_TN)

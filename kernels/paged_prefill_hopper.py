@@ -16,6 +16,7 @@ Source: FlashAttention-3 (Shah et al., 2024) for the roles of the warps and the 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ _WARP_GROUPS = 2
 # Registers of a thread: 2 x 232 + 40 is what a multiprocessor has for three warp groups.
 _REGISTERS = gl.constexpr(232)
 _LOADER_REGISTERS = gl.constexpr(40)
+_LOG_2 = gl.constexpr(math.log(2))
 _HEAD_SIZES = (64, 128)
 _BLOCK_SIZES = (8, 16, 32, 64)
 
@@ -162,9 +164,17 @@ def _store_rows(
 
 @gluon.jit
 def _multiply(
-    out_ptr, buffers, barriers, qk_scale, group, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr
+    outputs,
+    buffers,
+    barriers,
+    qk_scale,
+    group,
+    NUM_HEADS: gl.constexpr,
+    GROUP: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
 ):
     """A warp group: its rows of one item after the other."""
+    out_ptr, lse_ptr = outputs
     q_smem, k_smem, v_smem, record_E1 = buffers
     q_full, q_empty, k_full, v_full, kv_empty = barriers
     dtype: gl.constexpr = k_smem.dtype
@@ -227,8 +237,13 @@ def _multiply(
             _clear_tail(v_smem, stage, (num_kv - 1) * BLOCK_L, seq_len)
         acc_MH = warpgroup_mma(p_ML, v_smem.index(stage), acc_MH, is_async=True)
         scores_ML = warpgroup_mma_wait(1, deps=(scores_ML,))
-        last_M = position + rows_M // GROUP
+        if IS_CAUSAL:
+            last_M = position + rows_M // GROUP
+        else:
+            last_M = gl.full([ROWS], next_len - 1, gl.int32, scores_rows)
         scores_ML = _mask(scores_ML, 0, last_M)
+        if lse_ptr is not None:
+            lse_M = (max_M + gl.log2(sum_M)) * _LOG_2
         p_ML, max_M, next_sum_M, _unused = _softmax(scores_ML, lowest_M, zero_M, qk_scale)
         next_kv = gl.cdiv(position + next_tokens, BLOCK_L)
         later_stage, later_phase = advance(next_stage, next_phase, STAGES)
@@ -240,6 +255,10 @@ def _multiply(
         _store_rows(
             out_ptr, out_MH.to(dtype), group, first_token, num_tokens, kv_head, NUM_HEADS, GROUP
         )
+        if lse_ptr is not None:
+            token_M = rows_M // GROUP
+            index_M = (first_token + token_M) * NUM_HEADS + kv_head * GROUP + rows_M % GROUP
+            gl.store(lse_ptr + index_M, lse_M, mask=token_M < num_tokens)
         p_ML = gl.convert_layout(p_ML.to(dtype), gl.DotOperandLayout(0, acc_layout, 2))
         acc_MH = gl.zeros([ROWS, HEAD], gl.float32, acc_layout)
         sum_M = next_sum_M
@@ -251,7 +270,7 @@ def _multiply(
             phase = next_phase
             num_tokens = next_tokens
             num_kv = next_kv
-            num_full = (position + 1) // BLOCK_L
+            num_full = (position + 1 if IS_CAUSAL else seq_len) // BLOCK_L
         else:
             # All of the item's tokens are the other warp group's: let its tiles pass.
             num_tokens = 0
@@ -272,8 +291,10 @@ def _paged_prefill_hopper_kernel(
     slot_ids_ptr,
     cu_seqlens_q_ptr,
     seq_lens_ptr,
+    kv_starts_ptr,
     counter_ptr,
     out_ptr,
+    lse_ptr,
     num_rows,
     num_tiles,
     block_lines,
@@ -282,6 +303,7 @@ def _paged_prefill_hopper_kernel(
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     HEAD: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
     BLOCK_L: gl.constexpr,
     STAGES: gl.constexpr,
     WARP_GROUPS: gl.constexpr,
@@ -311,13 +333,18 @@ def _paged_prefill_hopper_kernel(
     buffers = (q_smem, k_smem, v_smem, record_E1)
     barriers = (q_full, q_empty, k_full, v_full, kv_empty)
     table = (table_ptr, table_stride, block_lines)
-    num_items = num_tiles * (NUM_HEADS // GROUP)
-    rows = (cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, counter_ptr, num_rows, num_items)
+    KV_HEADS: gl.constexpr = NUM_HEADS // GROUP
+    tickets = (counter_ptr, num_rows, num_tiles * KV_HEADS)
+    rows = (cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, kv_starts_ptr, tickets)
+    outputs = (out_ptr, lse_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (out_ptr, buffers, barriers, qk_scale, 0, NUM_HEADS, GROUP)),
-            (_multiply, (out_ptr, buffers, barriers, qk_scale, 1, NUM_HEADS, GROUP)),
-            (load_items, (q, k_cache, v_cache, table, rows, buffers, barriers, NUM_HEADS // GROUP)),
+            (_multiply, (outputs, buffers, barriers, qk_scale, 0, NUM_HEADS, GROUP, IS_CAUSAL)),
+            (_multiply, (outputs, buffers, barriers, qk_scale, 1, NUM_HEADS, GROUP, IS_CAUSAL)),
+            (
+                load_items,
+                (q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS, IS_CAUSAL),
+            ),
         ],
         [4, 1],
         [_REGISTERS, _LOADER_REGISTERS],
@@ -332,11 +359,15 @@ def launch(
     slot_ids_B: Tensor,
     cu_seqlens_q_B1: Tensor,
     seq_lens_B: Tensor,
+    kv_starts_B: Tensor | None,
     out_TNH: Tensor,
+    lse_TN: Tensor | None,
     *,
     scale: float,
+    is_causal: bool,
 ) -> None:
-    """Write the attention of paged_prefill, which has checked its arguments, into out_TNH."""
+    """Write the attention of paged_prefill, which has checked its arguments, into out_TNH and
+    lse_TN."""
     num_tokens, num_heads, head_size = q_TNH.shape
     num_blocks, num_kv_heads, block_size, _ = k_cache_PKSH.shape
     group = num_heads // num_kv_heads
@@ -362,8 +393,10 @@ def launch(
         slot_ids_B,
         cu_seqlens_q_B1,
         seq_lens_B,
+        kv_starts_B,
         torch.zeros(1, dtype=torch.int32, device=q_TNH.device),
         out_TNH,
+        lse_TN,
         num_rows,
         num_tiles,
         block_lines,
@@ -372,6 +405,7 @@ def launch(
         NUM_HEADS=num_heads,
         GROUP=group,
         HEAD=head_size,
+        IS_CAUSAL=is_causal,
         BLOCK_L=HOPPER_PREFILL.block_l,
         STAGES=HOPPER_PREFILL.num_stages,
         WARP_GROUPS=_WARP_GROUPS,

@@ -25,10 +25,11 @@ BOX_DIMS = gl.constexpr(64)  # 128 bytes, the widest swizzle
 # An item's record in shared memory.
 _NUM_TOKENS = gl.constexpr(0)  # 0: no more items
 _FIRST_TOKEN = gl.constexpr(1)
-_FIRST_POSITION = gl.constexpr(2)
+_FIRST_POSITION = gl.constexpr(2)  # counted, as seq_len is, from the first KV token that is read
 _KV_HEAD = gl.constexpr(3)
 _SEQ_LEN = gl.constexpr(4)
 RECORD_SIZE = gl.constexpr(5)
+_ROWS_AT_ONCE = gl.constexpr(128)
 # Gluon renamed these after Triton 3.6.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _async_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -78,39 +79,67 @@ def advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _find_item(ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr):
+def _last_row(cu_seqlens_q_ptr, tile, first, end, STRIDE: gl.constexpr, BLOCK_Q: gl.constexpr):
+    """Of the rows first, first + STRIDE, ... before `end`, the index of the last one whose tiles
+    begin with this one or before."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    index = -1
+    for start in range(first, end, _ROWS_AT_ONCE * STRIDE):
+        rows_R = start + gl.arange(0, _ROWS_AT_ONCE, layout) * STRIDE
+        cu_R = gl.load(cu_seqlens_q_ptr + rows_R, mask=rows_R < end, other=0)
+        is_before_R = (cu_R // BLOCK_Q + rows_R <= tile) & (rows_R < end)
+        index += gl.sum(is_before_R.to(gl.int32), 0)
+    return index
+
+
+@gluon.jit
+def _find_item(
+    ticket, rows, KV_HEADS: gl.constexpr, BLOCK_Q: gl.constexpr, IS_CAUSAL: gl.constexpr
+):
     """The item of a ticket, or of the next one that has query tokens; 0 tokens: none is left.
 
     Also takes the ticket after it. A sequence's tiles are found as attention.find_row does, from
-    the last to the first: those at the end of a sequence have the most work.
+    the last to the first: those at the end of a sequence have the most work. Without a causal mask
+    a sequence may have no KV, and its tiles are left out; the position is that of the first token
+    if the last one stood at the end of the KV.
     """
-    cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, counter_ptr, num_rows, num_items = rows
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    cu_seqlens_q_ptr, seq_lens_ptr, slot_ids_ptr, kv_starts_ptr, tickets = rows
+    counter_ptr, num_rows, num_items = tickets
     num_tokens = 0
     token = 0
     position = 0
     kv_head = 0
     seq_len = 0
     slot = 0
+    kv_start = 0
     while (num_tokens == 0) & (ticket < num_items):
         tile = (num_items - 1 - ticket) // KV_HEADS
         kv_head = ticket % KV_HEADS
-        row = -1
-        for start in range(0, num_rows, 128):
-            rows_R = start + gl.arange(0, 128, layout)
-            cu_R = gl.load(cu_seqlens_q_ptr + rows_R, mask=rows_R < num_rows, other=0)
-            is_before_R = (cu_R // BLOCK_Q + rows_R <= tile) & (rows_R < num_rows)
-            row += gl.sum(is_before_R.to(gl.int32), 0)
+        first_row = 0
+        end_row = num_rows
+        if kv_starts_ptr is not None:
+            # With its prefix left out an item may be a single tile, and a step has thousands of
+            # them: too little work to hide a look at all rows.
+            span = _last_row(cu_seqlens_q_ptr, tile, 0, num_rows, _ROWS_AT_ONCE, BLOCK_Q)
+            first_row = span * _ROWS_AT_ONCE
+            end_row = gl.minimum(first_row + _ROWS_AT_ONCE, num_rows)
+        row = first_row + _last_row(cu_seqlens_q_ptr, tile, first_row, end_row, 1, BLOCK_Q)
         query_start = gl.load(cu_seqlens_q_ptr + row).to(gl.int32)
         query_len = gl.load(cu_seqlens_q_ptr + row + 1).to(gl.int32) - query_start
         seq_len = gl.load(seq_lens_ptr + row).to(gl.int32)
         slot = gl.load(slot_ids_ptr + row).to(gl.int32)
+        if kv_starts_ptr is not None:
+            kv_start = gl.load(kv_starts_ptr + row).to(gl.int32)
+            seq_len -= kv_start
         first = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
         num_tokens = gl.maximum(gl.minimum(query_len - first, BLOCK_Q), 0)
         token = query_start + first
         position = seq_len - query_len + first
+        if not IS_CAUSAL:
+            num_tokens = gl.where(seq_len > 0, num_tokens, 0)
+            position = seq_len - num_tokens
         ticket = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
-    return ticket, num_tokens, token, position, kv_head, seq_len, slot
+    return ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start
 
 
 @gluon.jit
@@ -136,7 +165,17 @@ def _load_tile(cache, boxes, stage, full, lines, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl.constexpr):
+def load_items(
+    q,
+    k_cache,
+    v_cache,
+    table,
+    rows,
+    buffers,
+    barriers,
+    KV_HEADS: gl.constexpr,
+    IS_CAUSAL: gl.constexpr,
+):
     """The loading warp: queries and KV of one item after the other."""
     q_smem, k_smem, v_smem, record_E1 = buffers
     q_full, q_empty, k_full, v_full, kv_empty = barriers
@@ -156,11 +195,11 @@ def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl
     stage = 0
     phase = 1
     count = 0
-    ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-        gl.program_id(0), rows, KV_HEADS, BLOCK_Q
+    ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start = _find_item(
+        gl.program_id(0), rows, KV_HEADS, BLOCK_Q, IS_CAUSAL
     )
     while num_tokens > 0:
-        slot_ptr = table_ptr + slot.to(gl.int64) * table_stride
+        slot_ptr = table_ptr + slot.to(gl.int64) * table_stride + kv_start // PAGE
         last_page = (seq_len - 1) // PAGE
         first_line = kv_head * PAGE
         lines = _load_lines(slot_ptr, 0, last_page, block_lines, first_line, PAGES)
@@ -189,8 +228,8 @@ def load_items(q, k_cache, v_cache, table, rows, buffers, barriers, KV_HEADS: gl
             stage, phase = advance(stage, phase, STAGES)
             # The next item is looked up while the warp groups have tiles in stock.
             if j == gl.minimum(num_kv, STAGES) - 1:
-                ticket, num_tokens, token, position, kv_head, seq_len, slot = _find_item(
-                    ticket, rows, KV_HEADS, BLOCK_Q
+                ticket, num_tokens, token, position, kv_head, seq_len, slot, kv_start = _find_item(
+                    ticket, rows, KV_HEADS, BLOCK_Q, IS_CAUSAL
                 )
     mbarrier.wait(q_empty, (count & 1) ^ 1)
     _write_entry(record_E1, _NUM_TOKENS, 0)

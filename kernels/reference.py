@@ -326,19 +326,31 @@ def paged_prefill(
     seq_lens_B: Tensor,
     *,
     scale: float,
-) -> Tensor:
-    """Causal attention over paged KV, in fp64. Padding rows of q_TNH give zeros."""
+    kv_starts_B: Tensor | None = None,
+    is_causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Attention over paged KV from kv_starts on, in fp64: out_TNH and lse_TN.
+
+    Padding rows of q_TNH give zeros and -inf.
+    """
     out_TNH = torch.zeros_like(q_TNH, dtype=torch.float64)
+    lse_TN = torch.full(q_TNH.shape[:2], -torch.inf, dtype=torch.float64, device=q_TNH.device)
     cu_seqlens_q = cu_seqlens_q_B1.tolist()
     for row, seq_len in enumerate(seq_lens_B.tolist()):
-        start, end = cu_seqlens_q[row], cu_seqlens_q[row + 1]
+        first, end = cu_seqlens_q[row], cu_seqlens_q[row + 1]
+        start = 0 if kv_starts_B is None else int(kv_starts_B[row])
         blocks_X = block_table_RX[slot_ids_B[row]]
-        k_LKH = _gather_kv(k_cache_PKSH, blocks_X, 0, seq_len)
-        v_LKH = _gather_kv(v_cache_PKSH, blocks_X, 0, seq_len)
-        positions_L = torch.arange(seq_len, device=q_TNH.device)
-        visible_QL = positions_L <= positions_L[seq_len - (end - start) :, None]
-        out_TNH[start:end], _ = _attend(q_TNH[start:end], k_LKH, v_LKH, visible_QL, scale)
-    return out_TNH
+        k_LKH = _gather_kv(k_cache_PKSH, blocks_X, start, seq_len)
+        v_LKH = _gather_kv(v_cache_PKSH, blocks_X, start, seq_len)
+        positions_L = torch.arange(start, seq_len, device=q_TNH.device)
+        last_Q = torch.arange(seq_len - (end - first), seq_len, device=q_TNH.device)
+        if not is_causal:
+            last_Q[:] = seq_len - 1
+        visible_QL = positions_L <= last_Q[:, None]
+        out_TNH[first:end], lse_TN[first:end] = _attend(
+            q_TNH[first:end], k_LKH, v_LKH, visible_QL, scale
+        )
+    return out_TNH, lse_TN
 
 
 def paged_decode(

@@ -83,5 +83,12 @@ def tuning_for(device: torch.device) -> Tuning:
     return _BY_CAPABILITY.get(torch.cuda.get_device_capability(device), _ANY_GPU)
 
 
-def by_head(shapes: tuple[TileShape, TileShape], head_padded: int) -> TileShape:
-    return shapes[0] if head_padded <= 64 else shapes[1]
+def prefill_tile(dtype: torch.dtype, head_size: int, device: torch.device) -> TileShape:
+    """Of paged_prefill; paged_prefill_hopper has as many query rows."""
+    if dtype == torch.float32:
+        return FP32_PREFILL
+    return by_head(tuning_for(device).prefill, head_size)
+
+
+def by_head(shapes: tuple[TileShape, TileShape], head_size: int) -> TileShape:
+    return shapes[0] if head_size <= 64 else shapes[1]

@@ -6,6 +6,7 @@ group, G groups of a step, B = G * W rows of the slot table, X blocks of a row, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from batchgen.engine.inputs import (
     to_device,
 )
 from batchgen.engine.kv_memory import KVMemory
-from batchgen.engine.model_runner import padding_prefill
+from batchgen.engine.model_runner import padding_groups, padding_prefill
 from batchgen.engine.ops import EngineOps
 from batchgen.engine.prefix_groups import MAX_GROUPS
 from batchgen.engine.step_plan import BeamPlan, Int32, Int64, PrefillPlan, StepPlan
@@ -91,7 +92,7 @@ class BeamRunner:
     ) -> None:
         """`state` has W rows for each of the groups of `search`.
 
-        `has_prefixes`: decode steps may read shared prefixes apart.
+        `has_prefixes`: steps may read shared prefixes apart.
         """
         self.state = state
         self._decoder = decoder
@@ -99,6 +100,7 @@ class BeamRunner:
         self._memory = memory
         self._search = search
         self._tables = tables
+        self._has_prefixes = has_prefixes
         device, width = state.device, search.options.width
         self._beams_W = torch.arange(width, device=device)
         num_groups = search.padding_group
@@ -123,6 +125,9 @@ class BeamRunner:
         plan = padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size)
         groups = np.full(len(plan.rows), self._search.padding_group, dtype=np.int32)
         self._prefill(plan, groups)
+        if self._has_prefixes:
+            prefixes = padding_groups(len(plan.rows))
+            self._prefill(dataclasses.replace(plan, groups=prefixes), groups)
         if self._graphs is not None:
             self._graphs.capture_all()
         torch.cuda.synchronize()

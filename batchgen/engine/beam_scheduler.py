@@ -136,6 +136,7 @@ class BeamScheduler:
             rows=groups,
             swap_out=None,
             swap_in=None,
+            waits_for_swaps=False,
             copies=None,
             table=self.blocks.take_table_updates(),
             prefill=prefill,

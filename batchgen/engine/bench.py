@@ -151,6 +151,7 @@ def run_bench(
         "peak_saved_blocks": stats.peak_saved_blocks,
         "copied_blocks": stats.copied_blocks,
         "prefix_blocks_saved": stats.prefix_blocks_saved,
+        "prefill_blocks_saved": stats.prefill_blocks_saved,
         "swapped_out_blocks": stats.swapped_out_blocks,
         "swapped_in_blocks": stats.swapped_in_blocks,
         "stalled_sequences": stats.stalled_sequences,

@@ -24,6 +24,7 @@ from batchgen.engine.stopping import Decode, StopStrings
 from batchgen.engine.swap import SwapSpace
 from batchgen.errors import UsageError
 from batchgen.kernels.fp8 import FP8
+from batchgen.kernels.tuning import prefill_tile
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.decoder import Decoder
 from batchgen.models.loader import dummy_weights, load_weights, resolve_dtype, weight_bytes
@@ -143,6 +144,7 @@ def build_engine(
             )
         shares = options.enable_prefix_caching or sampling.n > 1 or beams is not None
         min_prefix_saving = _min_prefix_saving(options, memory, device) if shares else None
+        tile = prefill_tile(dtype, model.head_dim, device)
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -154,6 +156,7 @@ def build_engine(
             enable_prefix_caching=options.enable_prefix_caching,
             merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
             min_prefix_saving=min_prefix_saving,
+            prefill_tile_tokens=max(1, tile.block_m * model.num_kv_heads // model.num_heads),
             beam_width=None if beams is None else beams.width,
         )
         use_graphs = options.use_cuda_graphs and device.type == "cuda"

@@ -23,8 +23,8 @@ class EngineOptions:
     num_gpu_blocks: int | None = None
     enable_prefix_caching: bool = True
     merge_duplicates: bool = True  # compute equal prompts once, at temperature 0
-    # KV of a layer whose reading a decode step on a GPU must save, for shared prefixes to be read
-    # once a group, by two more kernels (measured on an H200); None: never
+    # KV of a layer whose reading a step on a GPU must save, for shared prefixes to be read once a
+    # group, by two more kernels (measured on an H200 for decode steps); None: never
     min_prefix_saving_bytes: int | None = 256 << 20
     max_model_len: int | None = None
     decode_window: int | None = None

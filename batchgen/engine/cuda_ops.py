@@ -131,19 +131,43 @@ class CudaOps:
                 q_TNH, queries = q_TNH[wanted_T], batch.last
                 if len(wanted_T) == 0:
                     return q_TNH.flatten(1)
-            out_TNH = paged_prefill(
-                q_TNH,
-                k_cache_PKSH,
-                v_cache_PKSH,
-                self._state.block_table_RX,
-                queries.rows_B,
-                queries.cu_seqlens_q_B1,
-                queries.seq_lens_B,
-                scale=self._scale,
-            )
+            out_TNH = self._prefill(q_TNH, k_cache_PKSH, v_cache_PKSH, queries)
         else:
             out_TNH = self._decode(q_TNH, k_cache_PKSH, v_cache_PKSH, batch)
         return out_TNH.flatten(1)
+
+    def _prefill(
+        self,
+        q_TNH: Tensor,
+        k_cache_PKSH: Tensor,
+        v_cache_PKSH: Tensor,
+        queries: PrefillBatch | LastTokens,
+    ) -> Tensor:
+        """Each sequence's own KV; a prefix is read once for a group's tokens and merged in."""
+        table = (k_cache_PKSH, v_cache_PKSH, self._state.block_table_RX)
+        sequences = (queries.rows_B, queries.cu_seqlens_q_B1, queries.seq_lens_B)
+        groups = queries.groups
+        if groups is None:
+            return paged_prefill(q_TNH, *table, *sequences, scale=self._scale)
+        own_TNH, own_lse_TN = paged_prefill(
+            q_TNH,
+            *table,
+            *sequences,
+            scale=self._scale,
+            kv_starts_B=groups.kv_starts_B,
+            return_lse=True,
+        )
+        prefix_TNH, prefix_lse_TN = paged_prefill(
+            q_TNH,
+            *table,
+            groups.rows_G,
+            groups.cu_seqlens_q_G1,
+            groups.prefix_lens_G,
+            scale=self._scale,
+            is_causal=False,
+            return_lse=True,
+        )
+        return merge_attention(own_TNH, own_lse_TN, prefix_TNH, prefix_lse_TN)
 
     def _decode(
         self, q_BNH: Tensor, k_cache_PKSH: Tensor, v_cache_PKSH: Tensor, batch: DecodeBatch

@@ -99,6 +99,7 @@ class Engine:
             peak_saved_blocks=counters.peak_saved_blocks,
             copied_blocks=counters.copied_blocks,
             prefix_blocks_saved=counters.prefix_blocks_saved,
+            prefill_blocks_saved=counters.prefill_blocks_saved,
             swapped_out_blocks=counters.swapped_out_blocks,
             swapped_in_blocks=counters.swapped_in_blocks,
             stalled_sequences=counters.stalled,

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchgen.engine.prefix_groups import MAX_GROUPS
-from batchgen.engine.step_plan import BlockTableUpdates, NewSequences, PrefillPlan, PrefixGroups
+from batchgen.engine.step_plan import (
+    BlockTableUpdates,
+    ChunkGroups,
+    NewSequences,
+    PrefillPlan,
+    PrefixGroups,
+)
 from batchgen.kernels.reference import SlotInputs
 
 
@@ -62,6 +68,16 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQueries:
+    """Neighbouring sequences whose common prefix is read apart: as if a group were one sequence."""
+
+    rows_G: Tensor  # int32, of one member each
+    prefix_lens_G: Tensor  # int32, tokens; may be 0
+    cu_seqlens_q_G1: Tensor  # int32
+    kv_starts_B: Tensor  # int32, where each sequence's own KV begins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LastTokens:
     """The last tokens of the prompts that end in a prefill step: the only ones that matter after
     the KV of the last layer is written."""
@@ -70,6 +86,7 @@ class LastTokens:
     rows_B: Tensor  # int64
     seq_lens_B: Tensor  # int32
     cu_seqlens_q_B1: Tensor  # int32, one query a sequence
+    groups: GroupedQueries | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +99,7 @@ class PrefillBatch:
     cu_seqlens_q_B1: Tensor  # int32
     seq_lens_B: Tensor  # int32
     slot_copies: tuple[Tensor, Tensor] | None  # int64: source and target slots, see SlotCopies
+    groups: GroupedQueries | None  # never on a CPU
     last: LastTokens
     query_lens: NDArray[np.int32]
     seq_lens: NDArray[np.int32]
@@ -151,11 +169,17 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
     positions_T = to_device(positions.astype(np.int32), device)
     rows_T = to_device(np.repeat(plan.rows, plan.query_lens).astype(np.int64), device)
     ends = plan.is_last
+    groups = last_groups = None
+    if plan.groups is not None:
+        every = np.ones_like(ends)
+        groups = _grouped(plan.groups, plan.rows, plan.query_lens, every, device)
+        last_groups = _grouped(plan.groups, plan.rows, ends.astype(np.int32), ends, device)
     last = LastTokens(
         tokens_B=to_device((cu_seqlens[1:] - 1)[ends].astype(np.int64), device),
         rows_B=to_device(plan.rows[ends].astype(np.int64), device),
         seq_lens_B=to_device(plan.seq_lens[ends], device),
         cu_seqlens_q_B1=torch.arange(int(ends.sum()) + 1, dtype=torch.int32, device=device),
+        groups=last_groups,
     )
     copies = plan.slot_copies
     slots = None
@@ -168,9 +192,28 @@ def prefill_batch(plan: PrefillPlan, state: SlotState, block_size: int) -> Prefi
         cu_seqlens_q_B1=to_device(cu_seqlens, device),
         seq_lens_B=to_device(plan.seq_lens, device),
         slot_copies=slots,
+        groups=groups,
         last=last,
         query_lens=plan.query_lens,
         seq_lens=plan.seq_lens,
+    )
+
+
+def _grouped(
+    groups: ChunkGroups,
+    rows: NDArray[np.int32],
+    query_lens: NDArray[np.int32],
+    is_member: NDArray[np.bool_],
+    device: torch.device,
+) -> GroupedQueries:
+    """`query_lens`: of each chunk, 0 where it is no member: a group may have none."""
+    starts = np.repeat(groups.prefix_lens, np.diff(groups.cu_chunks))
+    cu_seqlens = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
+    return GroupedQueries(
+        rows_G=to_device(rows[groups.cu_chunks[:-1]], device),
+        prefix_lens_G=to_device(groups.prefix_lens, device),
+        cu_seqlens_q_G1=to_device(cu_seqlens[groups.cu_chunks], device),
+        kv_starts_B=to_device(starts[is_member], device),
     )
 
 

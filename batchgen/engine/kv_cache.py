@@ -8,6 +8,10 @@ block that several rows hold is full or is not written: the row that would write
 Every block is in one pool. What a swapped row shares with a row on the device stays there; the
 rest, and what only swapped rows hold, can move to the host, for all of its holders at once. So
 swapping takes on the host what it frees on the device, whoever shares what.
+
+Copies between the pools run beside the step that they are planned with: a block that leaves is held
+until the next step, and a row that comes back runs with the next one. Where blocks that leave are
+wanted at once, the step waits for the copies (`take_wait`).
 Source: copy-on-write of partly filled blocks, vLLM's PagedAttention (SOSP 2023).
 
 Legend: R rows, X blocks of the longest sequence, P blocks of the device's pool.
@@ -16,6 +20,7 @@ Legend: R rows, X blocks of the longest sequence, P blocks of the device's pool.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,11 +75,16 @@ class KVCache:
         self.table_RX = np.zeros((num_rows, max_blocks), dtype=np.int32)
         self.num_blocks_R = np.zeros(num_rows, dtype=np.int32)  # held on the device
         self._swapped: dict[int, _SwappedRow] = {}
+        # Swapped rows, by blocks that are not theirs alone: whether on the host, and the number.
+        self._sharers: dict[tuple[bool, int], set[int]] = {}
         self._swapped_holders_P = np.zeros(gpu_blocks, dtype=np.int32)  # of the references
         self._copies: list[tuple[Blocks, Blocks]] = []
         self._updates: list[tuple[Int32, Int32, Int32]] = []
         self._copies_out: list[tuple[Blocks, Blocks]] = []
         self._copies_in: list[tuple[Blocks, Blocks]] = []
+        self._leaving: list[Blocks] = []  # device blocks that copies of the next plan read
+        self._departed: list[Blocks] = []  # those that the last plan's copies read
+        self._waits_for_copies = False
         self._leaving_host: list[Blocks] = []  # read by this step's copies, free after it
         self._kept: set[int] = set()  # blocks that are held beside the rows
 
@@ -82,6 +92,25 @@ class KVCache:
     def can_swap(self) -> bool:
         """Whether the host has room for a sequence of any length."""
         return self.cpu.num_blocks >= self.table_RX.shape[1]
+
+    @property
+    def num_free(self) -> int:
+        """Device blocks that can be had, at worst by waiting for copies to the host."""
+        return self.gpu.num_free + sum(len(blocks) for blocks in self._leaving)
+
+    def begin_step(self) -> None:
+        """The last plan was launched: what its copies read is free after them."""
+        for blocks in self._departed:
+            self.gpu.release(blocks)
+        self._departed = []
+
+    def _allocate(self, count: int) -> Blocks:
+        if count > self.gpu.num_free:
+            for blocks in self._leaving:
+                self.gpu.release(blocks)
+            self._leaving = []
+            self._waits_for_copies = True
+        return self.gpu.allocate(count)
 
     def blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -97,7 +126,7 @@ class KVCache:
     def admit(self, row: int, num_tokens: int, cached: Blocks) -> None:
         """Gives `row` its cached prefix and fresh blocks for the rest of `num_tokens`."""
         self.gpu.share(cached)
-        fresh = self.gpu.allocate(self.blocks_of(num_tokens) - len(cached))
+        fresh = self._allocate(self.blocks_of(num_tokens) - len(cached))
         self._set_row(row, np.concatenate([cached, fresh]))
 
     def register(self, row: int, hashes: Sequence[bytes], first: int, last: int) -> None:
@@ -107,7 +136,7 @@ class KVCache:
 
     def grow(self, rows: Int32, counts: NDArray[np.int64]) -> None:
         """Appends `counts[i]` fresh blocks to `rows[i]`."""
-        fresh = self.gpu.allocate(int(counts.sum()))
+        fresh = self._allocate(int(counts.sum()))
         owners = np.repeat(rows, counts)
         offsets = np.arange(len(fresh)) - np.repeat(np.cumsum(counts) - counts, counts)
         columns = (self.num_blocks_R[owners] + offsets).astype(np.int32)
@@ -146,7 +175,7 @@ class KVCache:
         owners, columns, blocks = owners[is_copied], columns[is_copied], blocks[is_copied]
         if len(owners) == 0:
             return 0
-        fresh = self.gpu.allocate(len(owners))
+        fresh = self._allocate(len(owners))
         self.gpu.unshare(blocks)
         self.table_RX[owners, columns] = fresh
         self._updates.append((owners, columns, fresh))
@@ -155,8 +184,9 @@ class KVCache:
 
     def saved_blocks(self) -> int:
         """How many blocks more the rows on the device would hold if they shared none."""
-        others = len(self._idle_blocks()) + sum(self.gpu.ref_count[b] == 1 for b in self._kept)
-        return int(self.num_blocks_R.sum()) - (self.gpu.num_used - int(others))
+        held = [self._idle_blocks(), *self._leaving, np.array(sorted(self._kept), dtype=np.int32)]
+        others = len(held[0]) + sum(int((self.gpu.ref_count[b] == 1).sum()) for b in held[1:])
+        return int(self.num_blocks_R.sum()) - (self.gpu.num_used - others)
 
     def keep(self, block: int) -> None:
         """Holds a block that a row holds, too, and goes on when the row gives it back."""
@@ -172,6 +202,7 @@ class KVCache:
         """Gives back all that `row` holds, wherever it is."""
         held = self._swapped.pop(row, None)
         if held is not None:
+            self._forget_sharer(row, held)
             on_device = held.blocks[~held.on_host]
             self._swapped_holders_P[on_device] -= 1
             self.gpu.release(on_device)
@@ -195,10 +226,10 @@ class KVCache:
         self.num_blocks_R[row] = 0
         self._swapped[row] = _SwappedRow(blocks, np.zeros(len(blocks), dtype=np.bool_))
         self._swapped_holders_P[blocks] += 1
-        holders = self._swapped_holders_P[blocks]
-        is_idle = self.gpu.ref_count[blocks] == holders
-        is_own = bool((holders[is_idle] == 1).all())
-        self._move_out(blocks[is_idle], [row] if is_own else list(self._swapped))
+        for block in blocks[self.gpu.ref_count[blocks] > 1].tolist():
+            self._sharers.setdefault((False, block), set()).add(row)
+        is_idle = self.gpu.ref_count[blocks] == self._swapped_holders_P[blocks]
+        self._move_out(blocks[is_idle], row)
         return int(np.count_nonzero(is_idle))
 
     def swap_out_idle(self, count: int, keep: int | None = None) -> int:
@@ -208,7 +239,7 @@ class KVCache:
         if keep in self._swapped:
             idle = np.setdiff1d(idle, self._swapped[keep].blocks[~self._swapped[keep].on_host])
         idle = idle[: max(0, min(count, self.cpu.num_free))]
-        self._move_out(idle, list(self._swapped))
+        self._move_out(idle)
         return len(idle)
 
     def swapped_blocks(self, row: int) -> int:
@@ -226,14 +257,14 @@ class KVCache:
         cached = self.cached_blocks(hashes)
         known = cached[places[places < len(cached)]]
         self.gpu.share(known)
-        fresh = self.gpu.allocate(len(places) - len(known))
+        fresh = self._allocate(len(places) - len(known))
         blocks = np.concatenate([known, fresh])
         self._copies_in.append((host[len(known) :], fresh))
-        is_own = bool((self.cpu.ref_count[host] == 1).all())
         self.cpu.share(host)  # until this step's copies have read them
         self._leaving_host.append(host)
-        self._rehome(host, blocks, [row] if is_own else list(self._swapped), to_host=False)
+        self._rehome(host, blocks, row, to_host=False)
         self.gpu.release(blocks)  # each holder has a reference of its own by now
+        self._forget_sharer(row, held)
         del self._swapped[row]
         self._swapped_holders_P[held.blocks] -= 1
         self._set_row(row, held.blocks)
@@ -246,17 +277,34 @@ class KVCache:
         held = self._swapped_holders_P
         return np.flatnonzero((held > 0) & (self.gpu.ref_count == held)).astype(np.int32)
 
-    def _move_out(self, blocks: Blocks, rows: Sequence[int]) -> None:
-        """Moves blocks to the host that none but `rows`, swapped ones, hold."""
+    def _forget_sharer(self, row: int, held: _SwappedRow) -> None:
+        for key in zip(held.on_host.tolist(), held.blocks.tolist(), strict=True):
+            sharers = self._sharers.get(key)
+            if sharers is not None:
+                sharers.discard(row)
+                if not sharers:
+                    del self._sharers[key]
+
+    def _move_out(self, blocks: Blocks, row: int | None = None) -> None:
+        """Moves blocks to the host that only swapped rows hold: one, `row`, or several."""
         if len(blocks) == 0:
             return
         host = self.cpu.allocate(len(blocks))
         self._copies_out.append((blocks, host))
-        self._rehome(blocks, host, rows, to_host=True)
+        self.gpu.share(blocks)
+        self._leaving.append(blocks)
+        self._rehome(blocks, host, row, to_host=True)
         self.cpu.release(host)  # each holder has a reference of its own by now
 
-    def _rehome(self, old: Blocks, new: Blocks, rows: Sequence[int], *, to_host: bool) -> None:
-        """Lets those of the swapped `rows` that hold `old[i]` hold `new[i]`, in the other pool."""
+    def _rehome(self, old: Blocks, new: Blocks, row: int | None, *, to_host: bool) -> None:
+        """Lets swapped rows, `row` and all sharers, that hold `old[i]` hold `new[i]`, in the other
+        pool."""
+        rows = set() if row is None else {row}
+        for old_block, new_block in zip(old.tolist(), new.tolist(), strict=True):
+            sharers = self._sharers.pop((not to_host, old_block), None)
+            if sharers is not None:
+                self._sharers[to_host, new_block] = sharers
+                rows |= sharers
         order = np.argsort(old)
         old, new = old[order], new[order]
         for held in (self._swapped[row] for row in rows):
@@ -278,7 +326,13 @@ class KVCache:
         copies, self._copies = self._copies, []
         return _join_copies(copies)
 
+    def take_wait(self) -> bool:
+        """Whether the step uses blocks that its own copies to the host free."""
+        waits, self._waits_for_copies = self._waits_for_copies, False
+        return waits
+
     def take_swap_out(self) -> BlockCopies | None:
+        self._departed, self._leaving = self._leaving, []
         copies, self._copies_out = self._copies_out, []
         return _join_copies(copies)
 
@@ -312,7 +366,7 @@ class KVCache:
         """
         swapped = self._swapped.values()
         left_behind = [held.blocks[~held.on_host] for held in swapped]
-        kept = [np.array([block]) for block in self._kept]
+        kept = [*(np.array([block]) for block in self._kept), *self._leaving, *self._departed]
         rows = np.flatnonzero(self.num_blocks_R)
         on_device = [self._row_blocks(int(row)) for row in rows]
         self.gpu.check_integrity([*on_device, *left_behind, *kept, *others])
@@ -321,6 +375,17 @@ class KVCache:
         for blocks in left_behind:
             holders_P[blocks] += 1
         assert np.array_equal(holders_P, self._swapped_holders_P), "swapped holders are miscounted"
+        self._check_sharers()
+
+    def _check_sharers(self) -> None:
+        holders: defaultdict[tuple[bool, int], set[int]] = defaultdict(set)
+        for row, held in self._swapped.items():
+            for key in zip(held.on_host.tolist(), held.blocks.tolist(), strict=True):
+                holders[key].add(row)
+        for key, rows in holders.items():
+            assert len(rows) == 1 or self._sharers.get(key) == rows, "a sharer is not known"
+        for key, rows in self._sharers.items():
+            assert rows <= holders[key], "a sharer holds the block no more"
 
     def _row_blocks(self, row: int) -> Blocks:
         return self.table_RX[row, : self.num_blocks_R[row]].copy()

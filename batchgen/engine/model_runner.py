@@ -6,6 +6,7 @@ end in a step, k steps of a window, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from batchgen.engine.ops import EngineOps
 from batchgen.engine.prefix_groups import MAX_GROUPS
 from batchgen.engine.sampler import Sampler
 from batchgen.engine.step_plan import (
+    ChunkGroups,
     DecodePlan,
     NewSequences,
     PrefillPlan,
@@ -69,13 +71,14 @@ class ModelRunner:
         use_graphs: bool,
         has_prefixes: bool,
     ) -> None:
-        """`has_prefixes`: decode steps may read shared prefixes apart."""
+        """`has_prefixes`: steps may read shared prefixes apart."""
         self.state = state
         self._decoder = decoder
         self._ops = ops
         self._memory = memory
         self._sampler = sampler
         self._swap = swap
+        self._has_prefixes = has_prefixes
         device = state.device
         self._rows_B = torch.full((max_num_seqs,), state.padding_row, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -97,7 +100,10 @@ class ModelRunner:
         written."""
         if self.state.device.type == "cpu":
             return
-        self._prefill(padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size))
+        plan = padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size)
+        self._prefill(plan)
+        if self._has_prefixes:
+            self._prefill(dataclasses.replace(plan, groups=padding_groups(len(plan.rows))))
         self.state.kv_lens_R.zero_()
         if self._graphs is not None:
             self._graphs.capture_all()
@@ -106,7 +112,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepResult:
         """Queues the step's copies and work on the device, in the order that StepPlan says."""
-        self._swap.run(plan.swap_out, plan.swap_in)
+        self._swap.run(plan.swap_out, plan.swap_in, is_awaited=plan.waits_for_swaps)
         if plan.copies is not None:
             self._memory.copy(plan.copies)
         if plan.table is not None:
@@ -209,4 +215,14 @@ def padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> Prefi
         slot_copies=SlotCopies(
             source=np.zeros(1, dtype=np.int64), target=np.ones(1, dtype=np.int64)
         ),
+        groups=None,
+    )
+
+
+def padding_groups(num_chunks: int) -> ChunkGroups:
+    """One group, of all chunks, that has nothing in common."""
+    return ChunkGroups(
+        cu_chunks=np.array([0, num_chunks], dtype=np.int32),
+        prefix_lens=np.zeros(1, dtype=np.int32),
+        num_blocks_saved=0,
     )

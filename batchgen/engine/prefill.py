@@ -13,6 +13,7 @@ import numpy as np
 from batchgen.engine.admission import Admission
 from batchgen.engine.beam_blocks import BeamBlocks
 from batchgen.engine.kv_cache import KVCache
+from batchgen.engine.prefill_groups import find_chunk_groups
 from batchgen.engine.sequence_table import SequenceTable
 from batchgen.engine.sequences import (
     Admissible,
@@ -23,7 +24,7 @@ from batchgen.engine.sequences import (
     State,
 )
 from batchgen.engine.shared_tail import SharedTail
-from batchgen.engine.step_plan import NewSequences, PrefillPlan
+from batchgen.engine.step_plan import ChunkGroups, Int32, NewSequences, PrefillPlan
 
 
 class Prefill:
@@ -83,7 +84,7 @@ class Prefill:
             item = waiting[0]
             if item.num_rows > self._table.num_free:
                 break
-            rows = self._admit(item, spare_with(item))
+            rows = self._admit(item, spare_with)
             if not rows:
                 break
             waiting.popleft()
@@ -92,11 +93,13 @@ class Prefill:
             count -= 1
         if not chunks.rows:
             return None
+        query_lens = np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32)
+        seq_lens = np.array(chunks.seq_lens, dtype=np.int32)
         return PrefillPlan(
             token_ids=np.concatenate(chunks.token_ids),
             rows=np.array(chunks.rows, dtype=np.int32),
-            query_lens=np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32),
-            seq_lens=np.array(chunks.seq_lens, dtype=np.int32),
+            query_lens=query_lens,
+            seq_lens=seq_lens,
             is_last=np.array(chunks.is_last, dtype=np.bool_),
             sample_rows=np.array([r for rows in chunks.samples for r in rows], dtype=np.int32),
             sample_of=np.array(
@@ -104,10 +107,30 @@ class Prefill:
             ),
             new=self._new_sequences(chunks.new),
             slot_copies=self._tail.take_copies(),
+            groups=self._chunk_groups(chunks.rows, query_lens, seq_lens - query_lens),
         )
 
-    def _admit(self, item: QueuedPrompt, spare: int) -> list[int]:
-        """Gives the prompt its rows and the first one its blocks, if `spare` blocks allow."""
+    def _chunk_groups(
+        self, rows: list[int], query_lens: Int32, context_lens: Int32
+    ) -> ChunkGroups | None:
+        """Chunks whose shared prefix is read once for all their tokens, where that pays."""
+        config = self._config
+        if config.min_prefix_saving is None or not context_lens.any():
+            return None
+        groups = find_chunk_groups(
+            self._kv.table_RX[rows],
+            context_lens.astype(np.int64) // config.block_size,
+            query_lens,
+            block_size=config.block_size,
+            tile_tokens=config.prefill_tile_tokens,
+            min_saving=config.min_prefix_saving,
+        )
+        if groups is not None:
+            self._counters.prefill_blocks_saved += groups.num_blocks_saved
+        return groups
+
+    def _admit(self, item: QueuedPrompt, spare_with: Callable[[QueuedPrompt], int]) -> list[int]:
+        """Gives the prompt its rows and the first one its blocks, if they are there."""
         length = item.num_prompt_tokens
         usable = item.hashes[: (length - 1) // self._config.block_size]  # one token is computed
         cached = self._kv.cached_blocks(usable)
@@ -121,6 +144,7 @@ class Prefill:
             num_copied = 0
         if needed > self._kv.gpu.num_free:
             return []
+        spare = spare_with(item)
         if self._table.occupants and needed > spare:
             return []
         item.num_computed = num_cached + num_copied

@@ -41,7 +41,7 @@ def find_groups(
     tables_BX: the rows' blocks; num_full_B: how many leading ones of each may be shared, because
     they are full and never written again. min_saving: blocks whose reading a step has to save.
     """
-    common = _common_with_next(tables_BX, num_full_B)
+    common = common_with_next(tables_BX, num_full_B)
     if common.sum() < max(min_saving, 1):  # no groups save more than neighbours have in common
         return None
     groups = sorted(_best_groups(common), key=lambda group: group.saving)[-MAX_GROUPS:]
@@ -54,7 +54,7 @@ def find_groups(
     )
 
 
-def _common_with_next(tables_BX: Int32, num_full_B: NDArray[np.int64]) -> NDArray[np.int64]:
+def common_with_next(tables_BX: Int32, num_full_B: NDArray[np.int64]) -> NDArray[np.int64]:
     """[B - 1]: the leading full blocks that each row has in common with the next one."""
     limit = np.minimum(num_full_B[1:], num_full_B[:-1])
     width = int(limit.max(initial=0))

@@ -30,11 +30,15 @@ class Room:
         self._kv = kv
         self._tail = tail
         self._counters = counters
-        self._swapped_in_now: set[int] = set()  # their copies run with the next plan
+        self._arriving: set[int] = set()  # rows whose KV comes in with this step's copies
 
     def end_step(self) -> None:
         """The plan is complete: rows that come in with it may go out with the next one."""
-        self._swapped_in_now.clear()
+        self._arriving.clear()
+
+    def is_arriving(self, rows: NDArray[np.signedinteger]) -> NDArray[np.bool_]:
+        """Which of `rows` wait for this step's copies."""
+        return np.isin(rows, list(self._arriving))
 
     def spare_blocks(self, longest: int) -> int:
         """Free blocks of both pools beyond those that let the oldest sequence end always.
@@ -43,35 +47,43 @@ class Room:
         """
         blocks = self._kv.blocks_of(longest)
         if not self._kv.can_swap:
-            return self._kv.gpu.num_free - blocks
-        return self._kv.gpu.num_free + self._kv.cpu.num_free - (2 * blocks + 1)
+            return self._kv.num_free - blocks
+        return self._kv.num_free + self._kv.cpu.num_free - (2 * blocks + 1)
 
-    def make_room(self, rows: NDArray[np.intp], growth: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of `rows` (oldest first) may grow now; swaps the newest out where it must."""
+    def make_room(
+        self, rows: NDArray[np.intp], growth: NDArray[np.int64], next_growth: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which of `rows` (oldest first) may grow now; swaps the newest out where it must.
+
+        `next_growth`: blocks that the rows will want (or, below zero, give back) with the step
+        after this one. What is swapped out now, beside this step, is free for that one.
+        """
         runs = np.ones(len(rows), dtype=np.bool_)
         total = int(growth.sum())
-        if total > self._kv.gpu.num_free:
+        wanted = growth + next_growth if self._kv.can_swap else growth
+        num_wanted = max(total, int(wanted.sum()))
+        if num_wanted > self._kv.num_free:
             self._tail.forget()
         spare = self.spare_blocks(self._table.longest_live())
-        if total <= self._kv.gpu.num_free and total <= spare:
+        if num_wanted <= self._kv.num_free and total <= spare:
             return runs
         live = self._table.live_rows(State.PREFILL, State.DECODE, State.SWAPPED)
         oldest = int(live[0])
-        self._push_idle_out(total)
+        self._push_idle_out(num_wanted)
         allowed = max(spare, 0) + (int(growth[0]) if rows[0] == oldest else 0)
         runs[:] = (np.cumsum(growth) <= allowed) | (growth == 0)
         newest_first = [*np.flatnonzero(~runs)[::-1].tolist(), *np.flatnonzero(runs)[::-1].tolist()]
         for index in newest_first:
-            if int(growth[runs].sum()) <= self._kv.gpu.num_free:
+            if max(int(growth[runs].sum()), int(wanted[runs].sum())) <= self._kv.num_free:
                 break
             row = int(rows[index])
-            fixed = row == oldest or row in self._swapped_in_now
+            fixed = row == oldest or row in self._arriving
             if not fixed and self._kv.can_swap and self._kv.can_swap_out(row):
                 self._push_out(row)
                 runs[index] = False
         # What the host has no room for waits in place, the newest first.
         for index in np.flatnonzero(runs & (growth > 0))[::-1].tolist():
-            if int(growth[runs].sum()) <= self._kv.gpu.num_free:
+            if int(growth[runs].sum()) <= self._kv.num_free:
                 break
             runs[index] = False
         self._counters.stalled += int(
@@ -97,7 +109,7 @@ class Room:
         hashes = self._table.occupants[row].hashes
         self._counters.swapped_in_blocks += self._kv.swap_in(row, hashes)
         self._table.state_R[row] = State.DECODE
-        self._swapped_in_now.add(row)
+        self._arriving.add(row)
 
     def _push_out(self, row: int) -> None:
         self._counters.swapped_out_blocks += self._kv.swap_out(row)
@@ -105,7 +117,7 @@ class Room:
 
     def _push_idle_out(self, num_wanted: int, keep: int | None = None) -> None:
         """Frees up to `num_wanted` blocks on the device that only swapped rows hold, not `keep`."""
-        missing = num_wanted - self._kv.gpu.num_free
+        missing = num_wanted - self._kv.num_free
         self._counters.swapped_out_blocks += self._kv.swap_out_idle(missing, keep)
 
     def force_oldest_in(self) -> None:
@@ -115,9 +127,9 @@ class Room:
         self._tail.forget()
         self._push_idle_out(needed, keep=oldest)
         for row in self._table.live_rows(State.DECODE)[::-1].tolist():
-            if self._kv.gpu.num_free >= needed:
+            if self._kv.num_free >= needed:
                 break
-            if row not in self._swapped_in_now and self._kv.can_swap_out(row):
+            if row not in self._arriving and self._kv.can_swap_out(row):
                 self._push_out(row)
-        assert self._kv.gpu.num_free >= self._kv.swapped_blocks(oldest), "the KV is deadlocked"
+        assert self._kv.num_free >= self._kv.swapped_blocks(oldest), "the KV is deadlocked"
         self._bring_in(oldest)

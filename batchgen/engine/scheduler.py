@@ -108,6 +108,7 @@ class Scheduler:
         """The next step, or None when there is nothing to do (or all waits for `in_flight`)."""
         # The device runs steps in order: what the next one writes, the last one has read.
         self._tail.begin_step()
+        self.kv.begin_step()
         for row in self._ending:
             self._release(row)
         self._ending = []
@@ -130,6 +131,7 @@ class Scheduler:
             rows = decode.rows
         else:
             return None
+        runs_arriving = bool(self._room.is_arriving(rows).any())
         self._room.end_step()
         self._note_ending(rows)
         return StepPlan(
@@ -137,6 +139,7 @@ class Scheduler:
             rows=rows,
             swap_out=self.kv.take_swap_out(),
             swap_in=self.kv.take_swap_in(),
+            waits_for_swaps=self.kv.take_wait() or runs_arriving,
             copies=self.kv.take_copies(),
             table=self.kv.take_table_updates(),
             prefill=prefill,
@@ -165,14 +168,21 @@ class Scheduler:
 
     def _plan_decode(self) -> DecodePlan | None:
         rows = self.table.decodable()
+        is_arriving = self._room.is_arriving(rows)
+        if not is_arriving.all():  # else only a step that waits for the copies is left
+            rows = rows[~is_arriving]
         if len(rows) == 0:
             return None
+        block = self.config.block_size
         left = self.table.stop_len_R[rows] - 1 - self.table.kv_len_R[rows]
         num_steps = int(min(self.config.decode_window, left.max()))
         target = self.table.kv_len_R[rows] + np.minimum(left, num_steps)
-        growth = -(-target // self.config.block_size) - self.kv.num_blocks_R[rows]
+        growth = -(-target // block) - self.kv.num_blocks_R[rows]
+        next_target = target + np.minimum(left - (target - self.table.kv_len_R[rows]), num_steps)
+        own = -(-target // block) - self.table.cached_len_R[rows] // block
+        next_growth = np.where(left <= num_steps, -own, -(-next_target // block) + target // -block)
         takes_copy = self.kv.writes_shared(rows, self.table.kv_len_R[rows])
-        runs = self._room.make_room(rows, growth + takes_copy)
+        runs = self._room.make_room(rows, growth + takes_copy, next_growth)
         rows, target, growth = rows[runs], target[runs], growth[runs]
         if len(rows) == 0:
             return None

@@ -29,7 +29,9 @@ class SchedulerConfig:
     enable_prefix_caching: bool
     merge_duplicates: bool  # a completion is a function of the prompt alone
     # Blocks whose reading a decode step must save for shared prefixes to be read apart; None: never
+    # (for a prefill step: see prefill_groups)
     min_prefix_saving: int | None
+    prefill_tile_tokens: int  # query tokens that prefill attention works on together
     beam_width: int | None = None  # then max_num_seqs is a multiple of it
 
 
@@ -118,6 +120,7 @@ class SchedulerCounters:
     swapped_in_blocks: int = 0
     stalled: int = 0
     prefix_blocks_saved: int = 0  # not read by decode steps, because a group's prefix is read once
+    prefill_blocks_saved: int = 0  # the same for prefill steps, by tile of query tokens
     copied_blocks: int = 0  # on write
     peak_saved_blocks: int = 0  # that the rows would hold more if they shared none
     saved_sum: float = 0.0  # of all blocks that they would hold; as many samples as of the waste

@@ -57,6 +57,16 @@ class SlotCopies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkGroups:
+    """Neighbouring chunks whose common leading blocks, all full, are read once for their tokens
+    together. Each chunk is in one group; chunks that share nothing are in one of length 0."""
+
+    cu_chunks: Int32  # [G + 1] where each group begins
+    prefix_lens: Int32  # [G] tokens
+    num_blocks_saved: int  # blocks that are not read, one for each tile of queries that did
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
     """Computes the KV of prompt chunks, packed side by side, and samples where a prompt ends."""
 
@@ -69,6 +79,7 @@ class PrefillPlan:
     sample_of: Int32  # [S] which of these prompts each belongs to: 0 is the first that ends
     new: NewSequences
     slot_copies: SlotCopies | None
+    groups: ChunkGroups | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +112,18 @@ class BeamPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One launch. Order on the device: swap out, swap in, copies, table updates, then the work."""
+    """One launch. Order on the device: copies, table updates, then the work.
+
+    What is swapped out was last written by the step before. Swaps run beside the work, out before
+    in: it touches none of their blocks, but that of the next plan may. With `waits_for_swaps` they
+    run before the copies.
+    """
 
     sequence_ids: Int64  # [B] of the rows that yield tokens: the occupants when planned
     rows: Int32  # [B] those rows; where rows are beams, their groups
     swap_out: BlockCopies | None
     swap_in: BlockCopies | None
+    waits_for_swaps: bool
     copies: BlockCopies | None  # within the device: blocks that a row is about to write alone
     table: BlockTableUpdates | None
     prefill: PrefillPlan | None

@@ -1,7 +1,8 @@
 """Copies KV blocks between the device and the host's pool.
 
-On a GPU the host pool is pinned and the copies run on a stream of their own; the step that follows
-waits for them, because it may write to the blocks that were swapped out.
+On a GPU the host pool is pinned and the copies run on a stream of their own, beside the step that
+they are planned with. The next one waits for them: it may write to the blocks that were swapped
+out, and read those that were swapped in.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from batchgen.engine.block_pool import Blocks
+from batchgen.engine.host_memory import HostChunks
 from batchgen.engine.kv_memory import KVMemory
 from batchgen.engine.step_plan import BlockCopies
 
-_CHUNK_BYTES = 256 << 20  # pinning takes about 0.2 s a GiB, while the device goes on
+_CHUNK_BYTES = 256 << 20
 
 
 class SwapSpace:
@@ -23,32 +25,50 @@ class SwapSpace:
     def __init__(self, memory: KVMemory, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._device_rows = memory.block_rows
-        self._chunk_blocks = max(1, _CHUNK_BYTES // self._device_rows[0].nbytes)
+        whole = max(1, _CHUNK_BYTES // self._device_rows[0].nbytes)
+        self._chunk_blocks = max(1, min(whole, num_blocks))
         self._chunks: list[Tensor] = []
         is_cuda = self._device_rows.device.type == "cuda"
+        self._memory = HostChunks(
+            self._chunk_blocks * self._device_rows[0].nbytes,
+            -(-num_blocks // self._chunk_blocks),
+            is_pinned=is_cuda,
+        )
         self._stream = torch.cuda.Stream() if is_cuda else None  # type: ignore[no-untyped-call]
+        self._is_busy = False  # copies run that no step has waited for
 
     def _host(self, block: int) -> tuple[Tensor, int]:
         """The chunk that holds a block of the host's pool, and the block's place in it."""
         chunk, place = divmod(block, self._chunk_blocks)
         while len(self._chunks) <= chunk:
-            left = self.num_blocks - len(self._chunks) * self._chunk_blocks
-            shape = (min(self._chunk_blocks, left), self._device_rows.shape[1])
-            dtype, is_pinned = self._device_rows.dtype, self._stream is not None
-            self._chunks.append(torch.empty(shape, dtype=dtype, pin_memory=is_pinned))
+            rows = self._memory.take().view(self._device_rows.dtype)
+            self._chunks.append(rows.view(self._chunk_blocks, -1))
         return self._chunks[chunk], place
 
-    def run(self, swap_out: BlockCopies | None, swap_in: BlockCopies | None) -> None:
-        """Out first, then in: what comes in may take the place of what went out."""
-        if swap_out is None and swap_in is None:
-            return
+    def run(
+        self, swap_out: BlockCopies | None, swap_in: BlockCopies | None, *, is_awaited: bool
+    ) -> None:
+        """Out first, then in: what comes in may take the place of what went out.
+
+        What is queued on the current stream from now on waits for the copies of the last call, and
+        for these ones where `is_awaited`.
+        """
         if self._stream is None:
             self._copy(swap_out, swap_in)
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
+        compute = torch.cuda.current_stream()
+        if self._is_busy:
+            compute.wait_stream(self._stream)
+            self._is_busy = False
+        if swap_out is None and swap_in is None:
+            return
+        self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
             self._copy(swap_out, swap_in)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        if is_awaited:
+            compute.wait_stream(self._stream)
+        else:
+            self._is_busy = True
 
     def _copy(self, swap_out: BlockCopies | None, swap_in: BlockCopies | None) -> None:
         if swap_out is not None:

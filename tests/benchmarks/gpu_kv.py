@@ -9,6 +9,7 @@ Random weights of the 0.6B model. Each line is a JSON object; `wall_s` leaves th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import random
@@ -28,8 +29,10 @@ from batchgen.engine.bench import RequestList
 from batchgen.engine.build import build_engine
 from batchgen.engine.config import EngineOptions, SamplingOptions
 from batchgen.engine.engine import Engine
+from batchgen.engine.inputs import prefill_batch, to_device
 from batchgen.engine.kv_memory import KVMemory
-from batchgen.engine.step_plan import BlockCopies
+from batchgen.engine.model_runner import ModelRunner, StepResult, _padding_prefill
+from batchgen.engine.step_plan import BlockCopies, StepPlan
 from batchgen.engine.swap import SwapSpace
 from batchgen.models.config import parse_config
 from batchgen.records import Prompt, RowKey
@@ -90,7 +93,7 @@ def shared_requests(
 
 
 def bench_prefix() -> Iterator[dict[str, object]]:
-    """`translate` and `label` over longer prefixes; `apart`: read once a group by decode steps."""
+    """`translate`, `label` and shorter rows over longer prefixes; `apart`: read once a group."""
     for apart in (True, False):
         saving = EngineOptions().min_prefix_saving_bytes if apart else None
         engine = make_engine(4096 + 512, min_prefix_saving_bytes=saving)
@@ -99,10 +102,10 @@ def bench_prefix() -> Iterator[dict[str, object]]:
             for name, count, own, output in (
                 ("translate", 4096, (32, 128), (32, 128)),
                 ("label", 4096, (64, 256), (1, 1)),
+                ("short", 16384, (8, 32), (1, 1)),
             ):
-                if name == "label" and not apart:
-                    continue  # nothing decodes
                 requests = shared_requests(random.Random(prefix), count, prefix, own, output)
+                saved_before = engine.stats().prefill_blocks_saved
                 wall_s, _ = run(engine, make_prompts(requests))
                 yield {
                     "bench": "prefix",
@@ -110,6 +113,7 @@ def bench_prefix() -> Iterator[dict[str, object]]:
                     "prefix": prefix,
                     "rows": count,
                     "read_apart": apart,
+                    "prefill_blocks_saved": engine.stats().prefill_blocks_saved - saved_before,
                     "wall_s": round(wall_s, 2),
                 }
         del engine
@@ -158,31 +162,94 @@ def copy_rates(num_blocks: int = 4096, rounds: int = 5) -> dict[str, object]:
     back = BlockCopies(source=copies.target, target=copies.source)
     rates = {}
     for name, arguments in (("out", (copies, None)), ("in", (None, back))):
-        space.run(*arguments)
+        space.run(*arguments, is_awaited=True)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(rounds):
-            space.run(*arguments)
+            space.run(*arguments, is_awaited=True)
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
         rates[f"{name}_gb_per_s"] = round(rounds * memory.block_rows.nbytes / elapsed / 1e9, 1)
     return {"bench": "swap", "blocks": num_blocks, "mib": memory.block_rows.nbytes >> 20, **rates}
 
 
+def without_forecast(engine: Engine) -> None:
+    """Admits all that fits at the moment: what follows has to be swapped."""
+    admission = engine._scheduler.admission
+    admission._forecast_peaks = lambda *arguments: np.zeros(len(arguments[2]))  # type: ignore[method-assign]
+
+
+def recompute_instead(engine: Engine) -> None:
+    """Copies nothing: a sequence that comes back is prefilled anew, as vLLM does.
+
+    For times only: the ids of the tokens are not at hand here, so zeros are prefilled.
+    """
+    room, runner = engine._scheduler._room, engine._runner
+    arrived: list[int] = []
+    bring_in, launch = room._bring_in, runner.launch
+
+    def noting_bring_in(row: int) -> None:
+        arrived.append(row)
+        bring_in(row)
+
+    @torch.inference_mode()
+    def prefilling_launch(plan: StepPlan) -> StepResult:
+        if arrived and plan.table is not None:
+            runner.state.update_table(plan.table)
+            lengths = engine._scheduler.table.kv_len_R[arrived].astype(np.int32)
+            prefill_again(runner, np.array(arrived, dtype=np.int32), lengths)
+            arrived.clear()
+        return launch(dataclasses.replace(plan, swap_out=None, swap_in=None))
+
+    room._bring_in, runner.launch = noting_bring_in, prefilling_launch  # type: ignore[method-assign]
+
+
+def prefill_again(runner: ModelRunner, rows: np.ndarray, lengths: np.ndarray) -> None:
+    """Prefills `rows`, in steps of at most 16k tokens."""
+    steps = np.cumsum(lengths) // 16384
+    for step in np.unique(steps):
+        chosen = steps == step
+        like = _padding_prefill(runner.state, 16, runner._memory.block_size)
+        plan = dataclasses.replace(
+            like,
+            token_ids=np.zeros(int(lengths[chosen].sum()), dtype=np.int32),
+            rows=rows[chosen],
+            query_lens=lengths[chosen],
+            seq_lens=lengths[chosen],
+            is_last=np.zeros(int(chosen.sum()), dtype=np.bool_),
+            slot_copies=None,
+        )
+        batch = prefill_batch(plan, runner.state, runner._memory.block_size)
+        runner._ops.begin_step(batch)
+        ids = to_device(plan.token_ids, runner.state.device)
+        runner._decoder.forward(ids, batch, batch.last.tokens_B)
+
+
 def bench_swap() -> Iterator[dict[str, object]]:
-    """`mixed` with room for all of it, with a third, and with a third and no forecast at all."""
+    """`mixed` with room for all of it; with a third; with a third and no forecast, swapping, and
+    computing again what was dropped."""
     yield copy_rates()
     free_memory()
     prompts = make_prompts(build("mixed", CONFIG.vocab_size, seed=0, scale=1.0))
+    num_seqs = 512
+    longest = max(len(p.token_ids) + p.max_tokens for p in prompts)
     demand = sum(-(-(len(p.token_ids) + p.max_tokens) // 16) for p in prompts)
+    demand = demand * num_seqs // len(prompts)
     first: dict[int, list[list[int]]] = {}
-    rooms = {"all": demand + 2048, "third": demand // 3, "forced": demand // 3}
+    rooms = {
+        "all": 2 * demand,
+        "third": demand // 3,
+        "third, no forecast": demand // 3,
+        "third, no forecast, recomputed": demand // 3,
+    }
     for name, num_blocks in rooms.items():
-        engine = make_engine(2048, num_gpu_blocks=num_blocks)
-        if name == "forced":
-            # Admits all that fits at the moment: what follows has to be swapped.
-            admission = engine._scheduler.admission
-            admission._forecast_peaks = lambda *arguments: np.zeros(len(arguments[2]))  # type: ignore[method-assign]
+        engine = make_engine(
+            longest, num_gpu_blocks=num_blocks, max_num_seqs=num_seqs, cpu_swap_bytes=32 << 30
+        )
+        if "no forecast" in name:
+            without_forecast(engine)
+        if "recomputed" in name:
+            recompute_instead(engine)
         wall_s, outputs = run(engine, prompts)
         first = first or outputs
         stats = engine.stats()
@@ -194,9 +261,7 @@ def bench_swap() -> Iterator[dict[str, object]]:
             "swapped_out_blocks": stats.swapped_out_blocks,
             "swapped_in_blocks": stats.swapped_in_blocks,
             "stalled": stats.stalled_sequences,
-            "recomputed_tokens": stats.prompt_tokens
-            - stats.cached_prompt_tokens
-            - sum(len(p.token_ids) for p in prompts),
+            "computed_prompt_tokens": stats.prompt_tokens - stats.cached_prompt_tokens,
             "rows_with_other_tokens": sum(first[key] != outputs[key] for key in first),
         }
         del engine

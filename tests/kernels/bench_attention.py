@@ -351,7 +351,7 @@ def sweep(_ceilings: dict[str, float]) -> Iterator[dict[str, object]]:
         tile = TileShape(
             block_m=block_m, block_l=block_l, num_warps=num_warps, num_stages=num_stages
         )
-        with mock.patch.object(paged_prefill, "tile_shape", lambda *_, tile=tile: tile):
+        with mock.patch.object(paged_prefill, "prefill_tile", lambda *_, tile=tile: tile):
             try:
                 us = prefill_us(shape, cache, 2048)
             except triton.runtime.errors.OutOfResources:

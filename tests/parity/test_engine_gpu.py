@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from batchgen.engine import prefill_groups
 from batchgen.engine.config import SamplingOptions
 from batchgen.records import Prompt
 from tests.parity.test_engine import complete, engine_for, greedy, prompts_for
@@ -38,8 +39,12 @@ def logit_gaps(model: PreTrainedModel, prompt: Prompt, tokens: list[int]) -> tor
     return logits.max(dim=-1).values - logits.gather(1, chosen[:, None])[:, 0]
 
 
-def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(tmp_path: Path) -> None:
+@pytest.mark.parametrize("min_prefix_saving_bytes", [None, 1])
+def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(
+    tmp_path: Path, min_prefix_saving_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every token chosen is the best of transformers' logits, or within bf16's rounding of it."""
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 0)
     model = save_tiny_model(
         "qwen3",
         tmp_path,
@@ -54,8 +59,15 @@ def test_bf16_greedy_tokens_agree_with_transformers_to_near_ties(tmp_path: Path)
         initializer_range=0.05,
     ).to("cuda")
     prompts = prompts_for(24, ignore_eos=True)
-    engine = engine_for(tmp_path, device="cuda", dtype="bfloat16", num_gpu_blocks=600)
+    engine = engine_for(
+        tmp_path,
+        device="cuda",
+        dtype="bfloat16",
+        num_gpu_blocks=600,
+        min_prefix_saving_bytes=min_prefix_saving_bytes,
+    )
     completions = complete(engine, prompts)
+    assert (engine.stats().prefill_blocks_saved > 0) == (min_prefix_saving_bytes is not None)
     gaps = torch.cat(
         [logit_gaps(model, p, list(completions[p.key.index].token_ids)) for p in prompts]
     )
@@ -94,7 +106,10 @@ def test_the_cpu_and_the_gpu_sample_the_same_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_groups", [1, 5])
-def test_shared_prefixes_are_read_once_and_change_no_token(tmp_path: Path, num_groups: int) -> None:
+def test_shared_prefixes_are_read_once_and_change_no_token(
+    tmp_path: Path, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 0)
     model = save_tiny_model("qwen3", tmp_path).to("cuda")
     prompts = [
         dataclasses.replace(
@@ -106,5 +121,6 @@ def test_shared_prefixes_are_read_once_and_change_no_token(tmp_path: Path, num_g
     engine = engine_for(tmp_path, device="cuda", max_num_seqs=24, min_prefix_saving_bytes=1)
     completions = complete(engine, prompts)
     assert engine.stats().prefix_blocks_saved > 0
+    assert engine.stats().prefill_blocks_saved > 0
     for prompt in prompts:
         assert list(completions[prompt.key.index].token_ids) == greedy(model, prompt)

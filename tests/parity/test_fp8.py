@@ -60,6 +60,7 @@ def whole_prompts(tokens: Tensor) -> PrefillPlan:
             prompts=tuple(tokens.numpy().astype(np.int32)),
         ),
         slot_copies=None,
+        groups=None,
     )
 
 

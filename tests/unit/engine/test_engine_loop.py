@@ -75,6 +75,7 @@ def make(*, merge: bool, prefill_lookahead: int) -> tuple[Engine, StandInRunner]
             enable_prefix_caching=True,
             merge_duplicates=merge,
             min_prefix_saving=None,
+            prefill_tile_tokens=64,
         )
     )
     runner = StandInRunner(scheduler, {length: rng.randint(1, 40) for length in range(1, 65)})

@@ -91,6 +91,13 @@ def forked_cache(num_rows: int) -> KVCache:
     return kv
 
 
+def launch_swaps(kv: KVCache) -> None:
+    """What the scheduler does with a plan, and the next step."""
+    kv.take_swap_out()
+    kv.take_swap_in()
+    kv.begin_step()
+
+
 def lengths_of(num_rows: int) -> np.ndarray:
     return np.full(num_rows, 10)
 
@@ -118,11 +125,12 @@ def test_shared_blocks_are_swapped_once_and_with_their_last_row() -> None:
     for row in (2, 1, 0):
         moved.append(kv.swap_out(row))
         kv.check_integrity()
+        launch_swaps(kv)
         assert kv.gpu.num_used + kv.cpu.num_used == 5
     assert moved == [1, 1, 3]
     for row, num_moved in ((1, 3), (0, 1), (2, 1)):
         assert kv.swap_in(row, ()) == num_moved
-        kv.take_swap_in()
+        launch_swaps(kv)
         kv.check_integrity()
         assert kv.gpu.num_used + kv.cpu.num_used == 5
     assert np.array_equal(kv.table_RX[1, :2], kv.table_RX[2, :2])
@@ -140,11 +148,32 @@ def test_what_only_swapped_rows_hold_can_be_moved_alone() -> None:
     kv.check_integrity()
     assert kv.swapped_blocks(1) == kv.swapped_blocks(2) == 2
     assert kv.swap_in(2, ()) == 2
-    kv.take_swap_in()
+    launch_swaps(kv)
     kv.release(1)
     kv.release(2)
     kv.check_integrity()
     assert kv.gpu.num_used == kv.cpu.num_used == 0
+
+
+def test_blocks_that_leave_are_free_with_the_next_step_or_by_waiting() -> None:
+    kv = forked_cache(2)
+    kv.release(1)
+    held = kv.gpu.num_used
+    kv.swap_out(0)
+    assert kv.gpu.num_used == held
+    assert kv.num_free == kv.gpu.num_blocks
+    kv.check_integrity()
+    launch_swaps(kv)
+    kv.check_integrity()
+    assert kv.gpu.num_used == 0
+    assert not kv.take_wait()
+    kv.swap_in(0, ())
+    launch_swaps(kv)
+    kv.swap_out(0)
+    kv.gpu.allocate(kv.gpu.num_free)
+    kv.admit(1, 1, np.empty(0, dtype=np.int32))
+    assert kv.take_wait()
+    assert not kv.take_wait()
 
 
 @settings(max_examples=30, deadline=None)

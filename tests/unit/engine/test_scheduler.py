@@ -11,11 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from batchgen.engine import prefill_groups
 from batchgen.engine.kv_cache import block_hashes
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.step_plan import DecodePlan, StepPlan
 from batchgen.records import Prompt, RowKey
+
+UNREADABLE = -2  # the label of a slot while its content is on its way
 
 
 def config(**changes: int | bool | None) -> SchedulerConfig:
@@ -30,6 +33,7 @@ def config(**changes: int | bool | None) -> SchedulerConfig:
         "enable_prefix_caching": True,
         "merge_duplicates": False,
         "min_prefix_saving": 1,
+        "prefill_tile_tokens": 4,
     }
     return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -71,6 +75,8 @@ class StandInDevice:
         self.prefilled_tokens = 0
         self.copied_blocks = 0
         self.num_groups = 0
+        self.num_swaps = 0  # steps with any
+        self.num_waits = 0
 
     def label(self, row: int, position: int) -> int:
         return hash(tuple(self.tokens[row][: position + 1]))
@@ -87,10 +93,26 @@ class StandInDevice:
 
     def launch(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
         """Returns row -> (tokens made, still active)."""
-        if plan.swap_out is not None:
-            self.cpu[plan.swap_out.target] = self.gpu[plan.swap_out.source]
-        if plan.swap_in is not None:
-            self.gpu[plan.swap_in.target] = self.cpu[plan.swap_in.source]
+        out, into = plan.swap_out, plan.swap_in
+        self.num_swaps += out is not None or into is not None
+        if out is not None:
+            leaving = self.gpu[out.source].copy()
+            self.cpu[out.target] = leaving
+        if into is not None:
+            self.gpu[into.target] = self.cpu[into.source] if plan.waits_for_swaps else UNREADABLE
+        made = self._run(plan)
+        if plan.waits_for_swaps:
+            self.num_waits += 1
+            return made
+        # The copies ran beside the step: at any time of it they found and left the same.
+        if out is not None:
+            assert np.array_equal(self.gpu[out.source], leaving)
+        if into is not None:
+            assert (self.gpu[into.target] == UNREADABLE).all()
+            self.gpu[into.target] = self.cpu[into.source]
+        return made
+
+    def _run(self, plan: StepPlan) -> dict[int, tuple[int, bool]]:
         if plan.copies is not None:
             self.gpu[plan.copies.target] = self.gpu[plan.copies.source]
             self.copied_blocks += len(plan.copies.target)
@@ -169,10 +191,14 @@ def key_in(scheduler: Scheduler, row: int) -> int:
 
 
 def run(
-    scheduler: Scheduler, prompts: list[Prompt], lengths: dict[int, int], lateness: int = 1
+    scheduler: Scheduler,
+    prompts: list[Prompt],
+    lengths: dict[int, int],
+    lateness: int = 1,
+    device: StandInDevice | None = None,
 ) -> dict[int, int]:
     """Runs all prompts, reading results some steps late as the engine does on a GPU."""
-    device = StandInDevice(scheduler, lengths)
+    device = device or StandInDevice(scheduler, lengths)
     scheduler.add(prompts)
     generated: dict[int, int] = dict.fromkeys(lengths, 0)
     finished: dict[int, int] = {}
@@ -227,6 +253,29 @@ def test_rows_that_share_a_prefix_are_grouped_where_that_pays() -> None:
     assert scheduler.counters.prefix_blocks_saved == 0
 
 
+def test_chunks_that_share_a_prefix_are_grouped_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The prompt that computes the prefix is no member; the others' tokens fill tiles of four."""
+    monkeypatch.setattr(prefill_groups, "MERGE_COST_TOKENS", 1)
+    prefixes = [[i] * 8 for i in (1, 2)]
+    prompts = [prompt(i, [*prefixes[i // 4], 100 + i, 200 + i], 2) for i in range(8)]
+    lengths = dict.fromkeys(range(8), 2)
+    scheduler = Scheduler(config(max_num_batched_tokens=256))
+    scheduler.add(prompts)
+    plan = scheduler.schedule(in_flight=False)
+    assert plan is not None
+    assert plan.prefill is not None
+    assert plan.prefill.groups is not None
+    assert plan.prefill.groups.cu_chunks.tolist() == [0, 1, 4, 5, 8]
+    assert plan.prefill.groups.prefix_lens.tolist() == [0, 8, 0, 8]
+    assert scheduler.counters.prefill_blocks_saved == 2 * (3 - 2) * 2
+    for none in ({"min_prefix_saving": 5}, {"min_prefix_saving": None}):
+        scheduler = Scheduler(config(max_num_batched_tokens=256, **none))
+        run(scheduler, prompts, lengths)
+        assert scheduler.counters.prefill_blocks_saved == 0
+
+
 def test_a_long_prompt_is_prefilled_in_chunks() -> None:
     scheduler = Scheduler(config(max_num_batched_tokens=16))
     run(scheduler, [prompt(0, list(range(50)), 3)], {0: 3})
@@ -243,6 +292,17 @@ def test_small_kv_swaps_and_computes_no_prompt_token_twice() -> None:
     assert counters.swapped_out_blocks > 0
     assert counters.swapped_in_blocks == counters.swapped_out_blocks
     assert counters.prompt_tokens == 30 * 8
+
+
+def test_few_steps_wait_for_swaps() -> None:
+    rng = random.Random(0)
+    prompts = [prompt(i, [rng.randrange(9**9) for _ in range(8)], 40) for i in range(200)]
+    lengths = {i: rng.randint(1, 40) for i in range(200)}
+    scheduler = Scheduler(config(gpu_blocks=48, cpu_blocks=800, max_num_seqs=32))
+    device = StandInDevice(scheduler, lengths)
+    assert run(scheduler, prompts, lengths, device=device) == lengths
+    assert device.num_swaps > 50
+    assert device.num_waits <= 1
 
 
 def test_known_lengths_are_admitted_without_any_swap() -> None:

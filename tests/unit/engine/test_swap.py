@@ -58,9 +58,9 @@ def test_blocks_come_back_as_they_went(
         rows.copy_(torch.randn_like(rows))
         before = rows.clone()
         out, on_host, back = (np.array(x[:count], dtype=np.int32) for x in (source, host, target))
-        space.run(BlockCopies(source=out, target=on_host), None)
+        space.run(BlockCopies(source=out, target=on_host), None, is_awaited=True)
         rows.zero_()
-        space.run(None, BlockCopies(source=on_host, target=back))
+        space.run(None, BlockCopies(source=on_host, target=back), is_awaited=True)
     expected = torch.zeros_like(before)
     expected[torch.from_numpy(back).long()] = before[torch.from_numpy(out).long()]
     assert torch.equal(rows, expected)
