@@ -216,10 +216,10 @@ class BeamRunner:
             forks.num_slots_B,
             forks.is_copied_B,
         )
-        width = len(self._beams_W)
-        state.kv_lens_R[rows_B] = step.kv_lens_G.repeat_interleave(width)
+        shape = step.tokens_GW.shape
+        state.kv_lens_R[rows_B] = step.kv_lens_G[:, None].expand(shape).flatten()
         state.last_tokens_R[rows_B] = step.tokens_GW.flatten()
-        state.active_R[rows_B] = step.is_running_G.repeat_interleave(width)
+        state.active_R[rows_B] = step.is_running_G[:, None].expand(shape).flatten()
 
     def _result(self, groups: Int32, max_blocks: int) -> BeamResult:
         groups_G = to_device(groups.astype(np.int64), self.state.device)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
+import pytest
 from e2e_jobs import batchgen, make_rows, read_output, write_job, write_jsonl
 
+from batchgen.errors import BatchgenError
+from batchgen.job.loading import load_job
+from batchgen.runner import run_job
+
 NUM_ROWS = 12
+SHORT = "model.max_model_len=512"
 PER_BEAM = ("response", "finish_reason", "output_tokens", "seed", "beam_score")
 
 
-def run(
-    tmp_path: Path, model: Path, name: str, n: int, **output: object
-) -> list[dict[str, object]]:
+def run(tmp_path: Path, model: Path, name: str, n: int, **output: object) -> list[dict[str, Any]]:
     write_jsonl(tmp_path / "data.jsonl", make_rows(NUM_ROWS))
     job = write_job(
         tmp_path,
@@ -22,14 +27,13 @@ def run(
         output={"uri": str(tmp_path / name), **output},
         engine={"device": "cpu", "num_gpu_blocks": 200, "max_num_seqs": 16},
     )
-    done = batchgen("run", job, "-o", "model.max_model_len=512")
-    assert done.returncode == 0, done.stderr
-    assert f"rows: {NUM_ROWS} = {NUM_ROWS} ok" in done.stderr
-    assert "saved by sharing" in done.stderr
+    report = run_job(load_job(job, overrides=[SHORT]))
+    assert report.counts.ok == report.counts.total == NUM_ROWS
+    assert "saved by sharing" in report.summary
     return read_output(tmp_path / name)
 
 
-def test_the_command_writes_the_best_beams_in_all_layouts(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_best_beams_in_all_layouts(tmp_path: Path, tiny_model: Path) -> None:
     lists = run(tmp_path, tiny_model, "list", 3)
     exploded = run(tmp_path, tiny_model, "explode", 3, n_layout="explode")
     best = run(tmp_path, tiny_model, "best", 1)
@@ -41,18 +45,13 @@ def test_the_command_writes_the_best_beams_in_all_layouts(tmp_path: Path, tiny_m
             assert row[name] == [beam[name] for beam in each]
             assert first[name] == each[0][name]
         scores = row["beam_score"]
-        assert isinstance(scores, list)
         assert scores == sorted(scores, reverse=True)
         assert len(set(scores)) > 1
         assert all(score < 0 for score in scores)
-
-
-def test_beams_bind_a_ledger(tmp_path: Path, tiny_model: Path) -> None:
-    run(tmp_path, tiny_model, "out", 1)
-    job = tmp_path / "job.yaml"
-    changed = batchgen("run", job, "-o", "sampling.early_stopping=true")
-    assert changed.returncode == 5
-    assert "sampling.early_stopping: False -> True" in changed.stderr
+    changed = load_job(tmp_path / "job.yaml", overrides=[SHORT, "sampling.early_stopping=true"])
+    with pytest.raises(BatchgenError, match=r"sampling\.early_stopping: False -> True") as refused:
+        run_job(changed)
+    assert refused.value.exit_code == 5
 
 
 def test_only_jobs_with_beams_have_scores(tmp_path: Path, tiny_model: Path) -> None:
