@@ -115,6 +115,7 @@ class SampleOutput:
     token_ids: Sequence[int]
     finish_reason: FinishReason
     seed: int
+    beam_score: float | None = None  # of a beam: log-probability over length ** length_penalty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +123,7 @@ class Completion:
     """What the engine generated for one prompt."""
 
     key: RowKey
-    outputs: tuple[SampleOutput, ...]  # in the order of the prompt's seeds
+    outputs: tuple[SampleOutput, ...]  # in the order of the prompt's seeds; beams: best first
     num_prompt_tokens: int
 
     @property

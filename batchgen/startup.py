@@ -81,7 +81,9 @@ def open_job(spec: JobSpec) -> OpenJob:
         # Before the ledger begins: a model that cannot be used must not bind the folder to it.
         text_model = load_text_model(spec, model_files)
         files: Sequence[InputFile] = plan.files
-        schema = output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+        schema = output_schema(
+            spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams
+        )
         ledger_plan = LedgerPlan(
             files=plan.files, units=plan.units, schema_base64=encode_schema(schema)
         )
@@ -131,7 +133,7 @@ def check_job(spec: JobSpec) -> InputPlan:
 def check_plan(spec: JobSpec, plan: InputPlan) -> None:
     """Check the output's columns and the templates against the planned input."""
     check_columns(spec.prompt, plan.schema.names)
-    output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+    output_schema(spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams)
     for row in read_sample(spec.input, plan, 1):
         check_first_row(spec.prompt, row)
 
@@ -202,7 +204,9 @@ def _refuse_foreign_files(output: Storage, ledger_storage: Storage) -> None:
 
 def _check_kept_types(spec: JobSpec, schema: pa.Schema, plan: InputPlan) -> None:
     """Raises InputError if a kept column of new files does not fit the output's."""
-    found = output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+    found = output_schema(
+        spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams
+    )
     for name in spec.output.columns.keep:
         if pa.types.is_null(plan.schema.field(name).type):
             continue

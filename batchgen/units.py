@@ -289,4 +289,6 @@ class UnitSaver:
                 "output_tokens": len(output.token_ids),
                 "seed": output.seed,
             }
+            if output.beam_score is not None:
+                values["beam_score"] = output.beam_score
         return values

@@ -452,6 +452,21 @@ def copy_slots(
         cache_PKSH[target_C // size, :, target_C % size] = tokens_CKH
 
 
+def copy_block_starts(
+    kv_PL2KSH: Tensor, source_F: Tensor, target_F: Tensor, num_slots_F: Tensor, is_copied_F: Tensor
+) -> None:
+    """See copy_block_starts.copy_block_starts."""
+    copied = is_copied_F.nonzero()[:, 0]
+    source, target = source_F[copied].long(), target_F[copied].long()
+    # Indexing knows no fp8.
+    bits_PL2KSZ = kv_PL2KSH.view(torch.uint8)
+    is_filled_CS = (
+        torch.arange(kv_PL2KSH.shape[4], device=copied.device) < num_slots_F[copied, None]
+    )
+    is_filled = is_filled_CS[:, None, None, None, :, None]
+    bits_PL2KSZ[target] = torch.where(is_filled, bits_PL2KSZ[source], bits_PL2KSZ[target])
+
+
 def read_slots(
     rows_B: Tensor,
     table: SlotTable,

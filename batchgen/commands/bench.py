@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A key of engine, or model.KEY, such as model.quantization=fp8 (repeatable).",
+    help="A key of engine, model.KEY, such as model.quantization=fp8, or a key of beams, such as "
+    "sampling.beam_width=4 (repeatable).",
 )
 def bench(
     requests: Path,
@@ -80,7 +81,7 @@ def bench(
 
 
 def bench_spec(model: str, overrides: Sequence[str]) -> JobSpec:
-    """A job with these `key=value` texts in its engine and model, the values in YAML."""
+    """A job with these `key=value` texts in its engine, model and beams, the values in YAML."""
     import yaml
     from pydantic import ValidationError
 
@@ -91,14 +92,21 @@ def bench_spec(model: str, overrides: Sequence[str]) -> JobSpec:
     def told(problems: Sequence[Problem]) -> str:
         return "\n".join(f"-o {'.'.join(map(str, each.path))}: {each.text}" for each in problems)
 
-    sections: dict[str, dict[str, object]] = {"engine": {}, "model": {"name_or_path": model}}
+    of_beams = ("beam_width", "length_penalty", "early_stopping")
+    sections: dict[str, dict[str, object]] = {
+        "engine": {},
+        "model": {"name_or_path": model},
+        "sampling": {},
+    }
     for text in overrides:
         key, equals, value = text.partition("=")
         section, _, name = key.rpartition(".")
-        if not equals or (section or "engine") not in sections:
+        is_known = (section or "engine") in sections and (section != "sampling" or name in of_beams)
+        if not equals or not is_known:
             raise UsageError(
                 f"-o {text}: should be key=value with a key of engine or model, such as "
-                "max_num_seqs=64 or model.quantization=fp8"
+                "max_num_seqs=64 or model.quantization=fp8, or one of beams, such as "
+                "sampling.beam_width=4"
             )
         sections[section or "engine"][name] = yaml.safe_load(value)
     unused = {"input": {"uri": "-"}, "prompt": {"template": "-"}, "output": {"uri": "-"}}

@@ -64,7 +64,9 @@ def plan(job: Path, overrides: tuple[str, ...], params: tuple[str, ...], limit: 
     from batchgen.startup import check_job, open_ledger_storage
 
     planned = check_job(spec)
-    columns = output_schema(spec.output, planned.schema, num_samples=spec.sampling.n)
+    columns = output_schema(
+        spec.output, planned.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams
+    )
     shown = {
         "name": spec.name,
         "input": [{"uri": redact(f.uri), "size_bytes": f.size_bytes} for f in planned.files],

@@ -21,7 +21,9 @@ META_COLUMNS: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "row_address": pa.string(),
 }
-PER_SAMPLE_META = ("finish_reason", "output_tokens", "seed")  # others belong to the row of input
+BEAM_META: dict[str, pa.DataType] = {"beam_score": pa.float64()}  # of jobs with beams
+# Others belong to the row of input.
+PER_SAMPLE_META = ("finish_reason", "output_tokens", "seed", *BEAM_META)
 SAMPLE_INDEX = "sample_index"
 _MAX_EXACT_FLOAT = 2**53
 _SHOWN_CHARS = 60
@@ -29,7 +31,9 @@ _SHOWN_CHARS = 60
 Problem = Callable[[object], str | None]
 
 
-def output_schema(spec: OutputSpec, input_schema: pa.Schema, *, num_samples: int = 1) -> pa.Schema:
+def output_schema(
+    spec: OutputSpec, input_schema: pa.Schema, *, num_samples: int = 1, has_beams: bool = False
+) -> pa.Schema:
     """The kept input columns, the response, then the meta columns if asked for.
 
     With several samples in one row (`n_layout: list`) the response is a list, and so are the meta
@@ -47,7 +51,7 @@ def output_schema(spec: OutputSpec, input_schema: pa.Schema, *, num_samples: int
     if columns.meta:
         fields.extend(
             pa.field(name, pa.list_(kind) if is_list and name in PER_SAMPLE_META else kind)
-            for name, kind in META_COLUMNS.items()
+            for name, kind in (META_COLUMNS | (BEAM_META if has_beams else {})).items()
         )
     if columns.meta and is_exploded:
         fields.append(pa.field(SAMPLE_INDEX, pa.int32()))

@@ -48,7 +48,8 @@ class Admission:
         """Queues one window of prompts, in the order of the prefix plan."""
         config = self._config
         block_size = config.block_size if config.enable_prefix_caching else None
-        window = [QueuedPrompt(prompt, block_size) for prompt in prompts]
+        has_beams = config.beam_width is not None
+        window = [QueuedPrompt(prompt, block_size, has_beams=has_beams) for prompt in prompts]
         self._counters.resumed_tokens += sum(
             len(sample.token_ids) for item in window for sample in item.prompt.resumed
         )
@@ -69,7 +70,7 @@ class Admission:
         is_swapped = bool((table.state_R == State.SWAPPED).any())
         if not self.waiting or not table.num_free or is_swapped:
             return Admissible(count=0, num_rows=0, num_tokens=0)
-        candidates, new_own = self._candidates()
+        candidates, new_own = self.candidates()
         if not candidates:
             return Admissible(count=0, num_rows=0, num_tokens=0)
         rows = table.live_rows(State.PREFILL, State.PENDING, State.DECODE)
@@ -88,7 +89,7 @@ class Admission:
         tokens = np.concatenate([kv_len - table.cached_len_R[rows], new_tokens])
         samples = [item for item in candidates for _ in range(item.num_samples)]
         generated = kv_len - table.prompt_len_R[rows]
-        peaks = self._forecast_peaks(rows, generated, samples, tokens)[ends - 1]
+        peaks = self.forecast_peaks(rows, generated, samples, tokens)[ends - 1]
         count = int(np.searchsorted(peaks, capacity, side="right"))
         # The last of the queue would decode late and alone: better to swap a few for a while.
         is_rest = count < len(candidates) == len(self.waiting)
@@ -100,7 +101,7 @@ class Admission:
             num_tokens=int(new_own[:count].sum()),
         )
 
-    def _forecast_peaks(
+    def forecast_peaks(
         self,
         rows: NDArray[np.intp],
         generated: NDArray[np.int64],
@@ -142,7 +143,7 @@ class Admission:
         blocks = min(self._kv.cpu.num_free / 2, self._config.gpu_blocks / 10)
         return self._config.block_size * blocks
 
-    def _candidates(self) -> tuple[list[QueuedPrompt], NDArray[np.int64]]:
+    def candidates(self) -> tuple[list[QueuedPrompt], NDArray[np.int64]]:
         """The next prompts, at most what a step or the free KV holds, and the tokens of each that
         are not cached."""
         block = self._config.block_size
@@ -150,7 +151,7 @@ class Admission:
         candidates, own, total = [], [], 0
         free_rows = self._table.num_free
         for item in self.waiting:
-            free_rows -= item.num_samples
+            free_rows -= item.num_rows
             if free_rows < 0:
                 break
             item.make_hashes(self._last_hashed)

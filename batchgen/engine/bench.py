@@ -70,6 +70,22 @@ def _parse_request(path: Path, index: int, line: str) -> Prompt:
     )
 
 
+def _sampling_for(prompts: Sequence[Prompt], sampling: SamplingOptions) -> SamplingOptions:
+    """With the limits of these requests. Raises UsageError for beams of which only some end early:
+    they have the same ends in all requests."""
+    beams = sampling.beams
+    if beams is not None and prompts[0].ignore_eos:
+        beams = dataclasses.replace(beams, end_token_ids=sampling.stop_token_ids)
+    if beams is not None and len({prompt.ignore_eos for prompt in prompts}) > 1:
+        raise UsageError("with beams, ignore_eos must be the same in all requests")
+    return dataclasses.replace(
+        sampling,
+        n=max(len(prompt.seeds) for prompt in prompts),
+        max_tokens=max(prompt.max_tokens for prompt in prompts),
+        beams=beams,
+    )
+
+
 def run_bench(
     requests: Path,
     model: ModelConfig,
@@ -99,7 +115,7 @@ def run_bench(
     device = resolve_device(options.device)
     ceilings = measured_ceilings(device)  # before the engine takes the memory
     start = time.perf_counter()
-    sampling = dataclasses.replace(sampling, n=max(len(prompt.seeds) for prompt in prompts))
+    sampling = _sampling_for(prompts, sampling)
     engine = build_engine(model, files, options, sampling, decode=None)
     ready = time.perf_counter()
     generated: dict[int, list[int]] = {}  # lengths of a prompt's samples
@@ -111,6 +127,9 @@ def run_bench(
     stats = engine.stats()
     wall_s = done - ready
     output_tokens = sum(sum(lengths) for lengths in generated.values())
+    if sampling.beams is not None:  # all of a request's beams are worked for
+        width = sampling.beams.width
+        generated = {index: [max(lengths)] * width for index, lengths in generated.items()}
     floors = floor_seconds(
         model, [(p.token_ids, generated[p.key.index]) for p in prompts], ceilings
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchgen.engine.build_beams import beam_engine, check_beam_room, check_beams
+from batchgen.engine.completer import SampleCompleter
 from batchgen.engine.config import DEFAULTS, EngineOptions, Quantization, SamplingOptions
 from batchgen.engine.cpu_ops import CpuOps
 from batchgen.engine.engine import Engine
@@ -75,7 +77,11 @@ def build_engine(
     dtype = _resolve_dtype(options, model, device)
     max_model_len = resolve_max_model_len(model, options.max_model_len)
     max_num_seqs = options.max_num_seqs or defaults.max_num_seqs
-    if sampling.n > max_num_seqs:
+    beams, longest_output = sampling.beams, min(sampling.max_tokens or max_model_len, max_model_len)
+    if beams is not None:
+        check_beams(beams, model, num_outputs=sampling.n, max_num_seqs=max_num_seqs)
+        max_num_seqs -= max_num_seqs % beams.width
+    elif sampling.n > max_num_seqs:
         raise UsageError(
             f"sampling.n is {sampling.n}, but engine.max_num_seqs={max_num_seqs} sequences run at "
             "once, and the samples of a row begin together; raise max_num_seqs, or lower n"
@@ -94,7 +100,16 @@ def build_engine(
             per_block * -(-tokens // options.block_size),
         )
         num_blocks = usable // per_block
-    check_room(num_blocks, max_model_len, options.block_size, has_samples=sampling.n > 1)
+    if beams is None:
+        check_room(num_blocks, max_model_len, options.block_size, has_samples=sampling.n > 1)
+    else:
+        check_beam_room(
+            beams,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            max_tokens=longest_output,
+            block_size=options.block_size,
+        )
     with torch.inference_mode():
         state = SlotState(
             num_rows=max_num_seqs,
@@ -127,27 +142,10 @@ def build_engine(
                 f"one sequence of model.max_model_len={max_model_len} may have to be swapped: "
                 "raise it, set it to 0, or lower model.max_model_len"
             )
-        sampler = Sampler(
-            sampling, ops, num_rows=max_num_seqs, vocab_size=model.vocab_size, device=device
-        )
-        shares = options.enable_prefix_caching or sampling.n > 1
+        shares = options.enable_prefix_caching or sampling.n > 1 or beams is not None
         min_prefix_saving = _min_prefix_saving(options, memory, device) if shares else None
-        runner = ModelRunner(
-            decoder=decoder,
-            ops=ops,
-            memory=memory,
-            state=state,
-            sampler=sampler,
-            swap=SwapSpace(memory, swap_blocks),
-            max_num_seqs=max_num_seqs,
-            decode_window=decode_window,
-            use_graphs=options.use_cuda_graphs and device.type == "cuda",
-            has_prefixes=min_prefix_saving is not None,
-        )
-        runner.warm_up(max_tokens)
-    tile = prefill_tile(dtype, model.head_dim, device)
-    scheduler = Scheduler(
-        SchedulerConfig(
+        tile = prefill_tile(dtype, model.head_dim, device)
+        config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
             max_model_len=max_model_len,
@@ -159,17 +157,50 @@ def build_engine(
             merge_duplicates=options.merge_duplicates and sampling.temperature == 0.0,
             min_prefix_saving=min_prefix_saving,
             prefill_tile_tokens=max(1, tile.block_m * model.num_kv_heads // model.num_heads),
+            beam_width=None if beams is None else beams.width,
         )
-    )
+        use_graphs = options.use_cuda_graphs and device.type == "cuda"
+        if beams is not None:
+            return beam_engine(
+                beams,
+                config,
+                decoder=decoder,
+                ops=ops,
+                memory=memory,
+                state=state,
+                max_tokens=longest_output,
+                use_graphs=use_graphs,
+                defaults=defaults,
+            )
+        sampler = Sampler(
+            sampling, ops, num_rows=max_num_seqs, vocab_size=model.vocab_size, device=device
+        )
+        runner = ModelRunner(
+            decoder=decoder,
+            ops=ops,
+            memory=memory,
+            state=state,
+            sampler=sampler,
+            swap=SwapSpace(memory, swap_blocks),
+            max_num_seqs=max_num_seqs,
+            decode_window=decode_window,
+            use_graphs=use_graphs,
+            has_prefixes=min_prefix_saving is not None,
+        )
+        runner.warm_up(max_tokens)
     if sampling.stop and decode is None:
         raise UsageError("stop strings need a tokenizer, and there is none")
+    scheduler = Scheduler(config)
     return Engine(
         scheduler=scheduler,
-        runner=runner,
-        stop_token_ids=frozenset(sampling.stop_token_ids),
-        eos_token_ids=frozenset(sampling.eos_token_ids),
-        stop_strings=StopStrings(sampling.stop, decode) if sampling.stop and decode else None,
-        min_tokens=sampling.min_tokens,
+        completer=SampleCompleter(
+            scheduler=scheduler,
+            runner=runner,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            eos_token_ids=frozenset(sampling.eos_token_ids),
+            stop_strings=StopStrings(sampling.stop, decode) if sampling.stop and decode else None,
+            min_tokens=sampling.min_tokens,
+        ),
         lookahead=defaults.lookahead,
         prefill_lookahead=defaults.prefill_lookahead,
     )

@@ -36,6 +36,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeamOptions:
+    """Beam search, the same for every row of a job; transformers' meaning of each field."""
+
+    width: int  # at least 2
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    end_token_ids: Sequence[int] = ()  # distinct; a hypothesis ends with any of these
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens looked at in a step: so many that the width is left when all ends are taken."""
+        return max(2, 1 + len(self.end_token_ids)) * self.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
     """How tokens are chosen, the same for every row of a job."""
 
@@ -51,6 +66,8 @@ class SamplingOptions:
     stop_token_ids: Sequence[int] = ()  # end a row always
     stop: Sequence[str] = ()
     n: int = 1  # samples of a prompt, at most
+    max_tokens: int | None = None  # of the longest output, where it is known
+    beams: BeamOptions | None = None  # in the place of sampling: only n and max_tokens hold then
 
     @property
     def has_penalties(self) -> bool:

@@ -92,6 +92,7 @@ class CpuOps:
 
     read_slots = staticmethod(reference.read_slots)
     advance_slots = staticmethod(reference.advance_slots)
+    copy_block_starts = staticmethod(reference.copy_block_starts)
 
     def __init__(
         self,

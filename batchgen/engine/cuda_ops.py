@@ -13,6 +13,7 @@ from torch import Tensor
 from batchgen.engine.config import Quantization
 from batchgen.engine.inputs import DecodeBatch, LastTokens, PrefillBatch, SlotState, StepBatch
 from batchgen.engine.kv_memory import KVMemory
+from batchgen.kernels.copy_block_starts import copy_block_starts
 from batchgen.kernels.copy_slots import copy_slots
 from batchgen.kernels.fp8 import QuantizedRows
 from batchgen.kernels.kv_write import kv_write
@@ -66,6 +67,7 @@ class CudaOps:
     sample = staticmethod(sample)
     read_slots = staticmethod(read_slots)
     advance_slots = staticmethod(advance_slots)
+    copy_block_starts = staticmethod(copy_block_starts)
 
     def __init__(
         self,

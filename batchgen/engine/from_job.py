@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from batchgen.engine.config import EngineOptions, SamplingOptions
+from batchgen.engine.config import BeamOptions, EngineOptions, SamplingOptions
 from batchgen.job.spec import EngineSpec, ModelSpec, SamplingSpec
 from batchgen.models.config import ModelConfig
 
@@ -43,6 +43,20 @@ def sampling_options(sampling: SamplingSpec, config: ModelConfig) -> SamplingOpt
         stop_token_ids=sampling.stop_token_ids,
         stop=sampling.stop,
         n=sampling.n,
+        max_tokens=sampling.max_tokens,
+        beams=_beam_options(sampling, config),
+    )
+
+
+def _beam_options(sampling: SamplingSpec, config: ModelConfig) -> BeamOptions | None:
+    if sampling.beam_width is None:
+        return None
+    eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
+    return BeamOptions(
+        width=sampling.beam_width,
+        length_penalty=sampling.length_penalty,
+        early_stopping=sampling.early_stopping,
+        end_token_ids=sorted({*eos_token_ids, *sampling.stop_token_ids}),
     )
 
 

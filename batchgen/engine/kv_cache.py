@@ -354,14 +354,22 @@ class KVCache:
         keep = len(cells) - 1 - last
         return BlockTableUpdates(rows=rows[keep], columns=columns[keep], blocks=blocks[keep])
 
-    def check_integrity(self) -> None:
-        """Asserts that both pools agree with the table and with the swapped sequences."""
+    def release_last(self, row: int) -> None:
+        """Gives back the last block that `row` holds on the device."""
+        self.num_blocks_R[row] -= 1
+        self.gpu.release(self.table_RX[row, self.num_blocks_R[row], None])
+
+    def check_integrity(self, others: Sequence[Blocks] = ()) -> None:
+        """Asserts that both pools agree with the table and with the swapped sequences.
+
+        `others`: what each further owner holds on the device.
+        """
         swapped = self._swapped.values()
         left_behind = [held.blocks[~held.on_host] for held in swapped]
         kept = [*(np.array([block]) for block in self._kept), *self._leaving, *self._departed]
         rows = np.flatnonzero(self.num_blocks_R)
         on_device = [self._row_blocks(int(row)) for row in rows]
-        self.gpu.check_integrity([*on_device, *left_behind, *kept])
+        self.gpu.check_integrity([*on_device, *left_behind, *kept, *others])
         self.cpu.check_integrity([held.blocks[held.on_host] for held in swapped])
         holders_P = np.zeros_like(self._swapped_holders_P)
         for blocks in left_behind:

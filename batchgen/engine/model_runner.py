@@ -100,10 +100,10 @@ class ModelRunner:
         written."""
         if self.state.device.type == "cpu":
             return
-        plan = _padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size)
+        plan = padding_prefill(self.state, max_num_batched_tokens, self._memory.block_size)
         self._prefill(plan)
         if self._has_prefixes:
-            self._prefill(dataclasses.replace(plan, groups=_padding_groups(len(plan.rows))))
+            self._prefill(dataclasses.replace(plan, groups=padding_groups(len(plan.rows))))
         self.state.kv_lens_R.zero_()
         if self._graphs is not None:
             self._graphs.capture_all()
@@ -191,8 +191,8 @@ class ModelRunner:
         return StepResult(tokens_kB=tokens, active_B=active, event=event)
 
 
-def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> PrefillPlan:
-    """A step of `num_tokens` that belong to nobody."""
+def padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> PrefillPlan:
+    """A step of `num_tokens` that belong to nobody, for warming up."""
     length = min(num_tokens, state.block_table_RX.shape[1] * block_size)
     count = num_tokens // length
     empty = np.zeros(0, dtype=np.int32)
@@ -219,7 +219,7 @@ def _padding_prefill(state: SlotState, num_tokens: int, block_size: int) -> Pref
     )
 
 
-def _padding_groups(num_chunks: int) -> ChunkGroups:
+def padding_groups(num_chunks: int) -> ChunkGroups:
     """One group, of all chunks, that has nothing in common."""
     return ChunkGroups(
         cu_chunks=np.array([0, num_chunks], dtype=np.int32),

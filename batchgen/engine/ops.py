@@ -70,6 +70,17 @@ class EngineOps(Ops[StepBatch], SamplingOps, Protocol):
         """See kernels.slots.read_slots."""
         ...
 
+    def copy_block_starts(
+        self,
+        kv_PL2KSH: Tensor,
+        source_F: Tensor,
+        target_F: Tensor,
+        num_slots_F: Tensor,
+        is_copied_F: Tensor,
+    ) -> None:
+        """See kernels.copy_block_starts.copy_block_starts."""
+        ...
+
     def begin_step(self, batch: StepBatch) -> None:
         """Prepares what all layers of the step share. Runs inside the captured step."""
         ...

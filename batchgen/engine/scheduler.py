@@ -28,13 +28,12 @@ from numpy.typing import NDArray
 
 from batchgen.engine.admission import Admission
 from batchgen.engine.kv_cache import KVCache
-from batchgen.engine.prefill_groups import find_chunk_groups
+from batchgen.engine.prefill import Prefill
 from batchgen.engine.prefix_groups import find_groups
 from batchgen.engine.room import Room
 from batchgen.engine.sequence_table import SequenceTable
 from batchgen.engine.sequences import (
     Admissible,
-    Chunks,
     QueuedPrompt,
     SchedulerConfig,
     SchedulerCounters,
@@ -42,10 +41,7 @@ from batchgen.engine.sequences import (
 )
 from batchgen.engine.shared_tail import SharedTail
 from batchgen.engine.step_plan import (
-    ChunkGroups,
     DecodePlan,
-    Int32,
-    NewSequences,
     PrefillPlan,
     PrefixGroups,
     StepPlan,
@@ -70,8 +66,10 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self.table = SequenceTable(rows)
         self.admission = Admission(config, self.table, self.kv, self.counters)
-        self._partial: int | None = None  # the row whose prompt is prefilled in part
         self._tail = SharedTail(self.kv)
+        self._prefill = Prefill(
+            config, self.table, self.kv, self._tail, self.admission, self.counters
+        )
         self._room = Room(config, self.table, self.kv, self._tail, self.counters)
         self._ending: list[int] = []  # rows of the last plan that need no KV after it
 
@@ -123,7 +121,7 @@ class Scheduler:
 
     def _plan_step(self) -> StepPlan | None:
         admissible = self.admission.admissible()
-        prefill = self._plan_prefill(admissible.count) if self._wants_prefill(admissible) else None
+        prefill = self._plan_prefill(admissible) if self._prefill.is_due(admissible) else None
         decode = self._plan_decode() if prefill is None else None
         if prefill is not None:
             self.counters.prefill_steps += 1
@@ -146,6 +144,7 @@ class Scheduler:
             table=self.kv.take_table_updates(),
             prefill=prefill,
             decode=decode,
+            beams=None,
         )
 
     def _note_ending(self, rows: NDArray[np.int32]) -> None:
@@ -154,6 +153,16 @@ class Scheduler:
         ends = table.kv_len_R[rows] >= table.stop_len_R[rows] - 1
         table.state_R[rows[ends]] = State.ENDING
         self._ending = rows[ends].tolist()
+
+    def _plan_prefill(self, admissible: Admissible) -> PrefillPlan | None:
+        longest = self.table.longest_live()
+
+        def spare_with(item: QueuedPrompt) -> int:
+            nonlocal longest
+            longest = max(longest, item.num_prompt_tokens + item.max_tokens)
+            return self._room.spare_blocks(longest)
+
+        return self._prefill.plan(admissible, spare_with)
 
     # -- decode --------------------------------------------------------------------------------
 
@@ -213,145 +222,6 @@ class Scheduler:
         saved = self.kv.saved_blocks()
         self.counters.peak_saved_blocks = max(self.counters.peak_saved_blocks, saved)
         self.counters.saved_sum += saved / int(self.kv.num_blocks_R.sum())
-
-    # -- prefill -------------------------------------------------------------------------------
-
-    def _wants_prefill(self, admissible: Admissible) -> bool:
-        """Prefill when its step is at least half full, when the decode batch grows by an eighth, or
-        when nothing is left to wait for: a prompt held back then would decode late and alone."""
-        if self._partial is not None:
-            return True
-        running = len(self.table.decodable())
-        if running == 0:
-            return bool(self.admission.waiting and self.table.num_free and not self.num_swapped)
-        return admissible.count > 0 and (
-            2 * admissible.num_tokens >= self.config.max_num_batched_tokens
-            or 8 * admissible.num_rows >= running
-            or admissible.count == len(self.admission.waiting)
-        )
-
-    def _plan_prefill(self, admissible: int) -> PrefillPlan | None:
-        chunks = Chunks()
-        if self._partial is not None:
-            self._add_chunk(chunks, self._partial)
-        if not self.table.occupants:
-            admissible = max(admissible, 1)
-        room = self.config.max_num_batched_tokens
-        longest = self.table.longest_live()
-        waiting = self.admission.waiting
-        while admissible > 0 and waiting and chunks.num_tokens < room:
-            item = waiting[0]
-            if item.num_samples > self.table.num_free:
-                break
-            longest = max(longest, item.num_prompt_tokens + item.max_tokens)
-            rows = self._admit(item, longest)
-            if not rows:
-                break
-            waiting.popleft()
-            chunks.new.extend(rows)
-            self._add_chunk(chunks, rows[0])
-            admissible -= 1
-        if not chunks.rows:
-            return None
-        query_lens = np.array([len(ids) for ids in chunks.token_ids], dtype=np.int32)
-        seq_lens = np.array(chunks.seq_lens, dtype=np.int32)
-        return PrefillPlan(
-            token_ids=np.concatenate(chunks.token_ids),
-            rows=np.array(chunks.rows, dtype=np.int32),
-            query_lens=query_lens,
-            seq_lens=seq_lens,
-            is_last=np.array(chunks.is_last, dtype=np.bool_),
-            sample_rows=np.array([r for rows in chunks.samples for r in rows], dtype=np.int32),
-            sample_of=np.array(
-                [i for i, rows in enumerate(chunks.samples) for _ in rows], dtype=np.int32
-            ),
-            new=self._new_sequences(chunks.new),
-            slot_copies=self._tail.take_copies(),
-            groups=self._chunk_groups(chunks.rows, query_lens, seq_lens - query_lens),
-        )
-
-    def _chunk_groups(
-        self, rows: list[int], query_lens: Int32, context_lens: Int32
-    ) -> ChunkGroups | None:
-        """Chunks whose shared prefix is read once for all their tokens, where that pays."""
-        config = self.config
-        if config.min_prefix_saving is None or not context_lens.any():
-            return None
-        groups = find_chunk_groups(
-            self.kv.table_RX[rows],
-            context_lens.astype(np.int64) // config.block_size,
-            query_lens,
-            block_size=config.block_size,
-            tile_tokens=config.prefill_tile_tokens,
-            min_saving=config.min_prefix_saving,
-        )
-        if groups is not None:
-            self.counters.prefill_blocks_saved += groups.num_blocks_saved
-        return groups
-
-    def _admit(self, item: QueuedPrompt, longest: int) -> list[int]:
-        """Gives the prompt's samples their rows and the first one its blocks, if they are there.
-
-        `longest`: tokens that the longest of all sequences and this one may come to.
-        """
-        length = item.num_prompt_tokens
-        usable = item.hashes[: (length - 1) // self.config.block_size]  # one token is computed
-        cached = self.kv.cached_blocks(usable)
-        num_cached = len(cached) * self.config.block_size
-        num_copied = self._tail.num_tokens(item, num_cached)
-        needed = self.kv.blocks_needed(length, cached)
-        if needed > self.kv.gpu.num_free:
-            self._tail.forget()
-            num_copied = 0
-        if needed > self.kv.gpu.num_free:
-            return []
-        spare = self._room.spare_blocks(longest)
-        if self.table.occupants and needed > spare:
-            return []
-        item.num_computed = num_cached + num_copied
-        rows = self.table.enter(item, length // self.config.block_size * self.config.block_size)
-        self.kv.admit(rows[0], length, cached)
-        self._tail.follow(rows[0], num_cached, num_copied)
-        repeated = length * len(item.duplicates)
-        self.counters.prompt_tokens += length + repeated
-        self.counters.cached_prompt_tokens += item.num_computed + repeated
-        return rows
-
-    def _add_chunk(self, chunks: Chunks, row: int) -> None:
-        """Plans as many of the row's remaining prompt tokens as the step has room for."""
-        item = self.table.occupants[row]
-        start = item.num_computed
-        room = self.config.max_num_batched_tokens - chunks.num_tokens
-        end = min(item.num_prompt_tokens, start + room)
-        item.num_computed = end
-        self.table.kv_len_R[row] = end
-        block = self.config.block_size
-        self.kv.register(row, item.hashes, start // block, end // block)
-        done = end == item.num_prompt_tokens
-        self._partial = None if done else row
-        if done:
-            rows = self.table.begin_decode(row)
-            self.kv.fork(row, rows[1:])
-            chunks.samples.append(rows)
-        chunks.token_ids.append(item.token_ids[start:end])
-        chunks.rows.append(row)
-        chunks.seq_lens.append(end)
-        chunks.is_last.append(done)
-        chunks.num_tokens += end - start
-
-    def _new_sequences(self, rows: list[int]) -> NewSequences:
-        items = [self.table.occupants[row] for row in rows]
-        samples = self.table.sample_R[rows].tolist()
-        seeds = [item.prompt.seeds[i] for item, i in zip(items, samples, strict=True)]
-        return NewSequences(
-            rows=np.array(rows, dtype=np.int32),
-            seeds=np.array(seeds, dtype=np.int64),
-            prompt_lens=self.table.prompt_len_R[rows].astype(np.int32),
-            stop_lens=self.table.stop_len_R[rows].astype(np.int32),
-            ignore_eos=np.array([item.prompt.ignore_eos for item in items], dtype=np.bool_),
-            prompts=tuple(item.token_ids[: len(item.prompt.token_ids)] for item in items),
-            outputs=tuple(item.token_ids[len(item.prompt.token_ids) :] for item in items),
-        )
 
     def check_integrity(self) -> None:
         """Asserts that rows, blocks and states agree. Called after every step in tests."""

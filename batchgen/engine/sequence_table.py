@@ -34,13 +34,13 @@ class SequenceTable:
         return len(self._free_rows)
 
     def enter(self, item: QueuedPrompt, shared_len: int) -> list[int]:
-        """Gives each sample of the prompt a row; as many must be free.
+        """Gives each sample of the prompt a row (all of its beams one); as many must be free.
 
         The first one prefills the prompt, of which `item.num_computed` tokens are cached. The
         others wait for it, to share `shared_len` tokens.
         """
-        rows = [self._free_rows.pop() for _ in range(item.num_samples)]
-        for sample, row in zip(item.samples, rows, strict=True):
+        rows = [self._free_rows.pop() for _ in range(item.num_rows)]
+        for sample, row in zip(item.samples, rows, strict=False):  # the beams have one row
             self.occupants[row] = item
             self.sample_R[row] = sample
             self.sequence_id_R[row] = self._next_id

@@ -33,6 +33,7 @@ class SchedulerConfig:
     # (for a prefill step: see prefill_groups)
     min_prefix_saving: int | None
     prefill_tile_tokens: int  # query tokens that prefill attention works on together
+    beam_width: int | None = None  # then max_num_seqs is a multiple of it
 
 
 class State(IntEnum):
@@ -57,7 +58,9 @@ class QueuedPrompt:
     when the prompt's turn comes, while the device is busy.
     """
 
-    def __init__(self, prompt: Prompt, hash_block_size: int | None) -> None:
+    def __init__(
+        self, prompt: Prompt, hash_block_size: int | None, *, has_beams: bool = False
+    ) -> None:
         """`hash_block_size` is None where prefixes are not cached."""
         self.prompt = prompt
         self.duplicates: list[Prompt] = []
@@ -67,6 +70,7 @@ class QueuedPrompt:
         self.outputs: dict[int, SampleOutput] = {}  # of the prompt's samples that have ended
         self.num_shared = 0  # leading tokens that the prompt before it in the plan has, too
         self.num_computed = 0  # tokens, by the steps planned so far; the cached prefix included
+        self._has_beams = has_beams
         self._hash_block_size = hash_block_size
         self._hashes: Sequence[bytes] | None = None
 
@@ -105,6 +109,11 @@ class QueuedPrompt:
     @property
     def num_samples(self) -> int:
         return len(self.samples)
+
+    @property
+    def num_rows(self) -> int:
+        """One for each sample, or one for the beam group."""
+        return 1 if self._has_beams else self.num_samples
 
     @property
     def max_tokens(self) -> int:

@@ -102,6 +102,16 @@ class DecodePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BeamPlan:
+    """Runs `num_steps` decode steps of all beams of these groups without the host."""
+
+    groups: Int32  # [G]
+    num_steps: int
+    max_blocks: int  # of a beam, after the steps
+    prefixes: PrefixGroups | None  # members are beams: `width` positions for each of `groups`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One launch. Order on the device: copies, table updates, then the work.
 
@@ -111,7 +121,7 @@ class StepPlan:
     """
 
     sequence_ids: Int64  # [B] of the rows that yield tokens: the occupants when planned
-    rows: Int32  # [B] those rows
+    rows: Int32  # [B] those rows; where rows are beams, their groups
     swap_out: BlockCopies | None
     swap_in: BlockCopies | None
     waits_for_swaps: bool
@@ -119,3 +129,4 @@ class StepPlan:
     table: BlockTableUpdates | None
     prefill: PrefillPlan | None
     decode: DecodePlan | None
+    beams: BeamPlan | None

@@ -44,7 +44,11 @@ def job_fingerprint(
             ),
             **model,
         },
-        "sampling": spec.sampling.model_dump(mode="json"),
+        "sampling": spec.sampling.model_dump(
+            mode="json",
+            # Without beams these change nothing, and ledgers are older than they.
+            exclude=None if spec.sampling.beam_width else {"length_penalty", "early_stopping"},
+        ),
         # Of the engine's keys, the one that changes what is computed; not where it changes nothing.
         **(
             {"engine": {"kv_cache_dtype": spec.engine.kv_cache_dtype}}

@@ -19,6 +19,20 @@ from batchgen.job.base import (
     TokenIdList,
 )
 
+_ONLY_WITH_BEAMS = ("length_penalty", "early_stopping")
+_NOT_WITH_BEAMS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "stop",
+    "seed",
+    "logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 PROMPT_SOURCES = ("messages", "template", "messages_column", "prompt_column")
 
 
@@ -175,7 +189,10 @@ class SamplingSpec(Section):
     max_tokens: PositiveInt = Field(default=256, description="The longest output of a row.")
     min_tokens: int = Field(default=0, ge=0, description="No stop before so many tokens.")
     n: int = Field(
-        default=1, ge=1, le=64, description="Outputs for each row; above 1, needs a temperature."
+        default=1,
+        ge=1,
+        le=64,
+        description="Outputs for each row; above 1, needs a temperature, or as many beams.",
     )
     stop: TextList = Field(default=(), description="Texts that end an output and are cut off it.")
     stop_token_ids: TokenIdList = Field(default=(), description="Further tokens that end it.")
@@ -193,7 +210,20 @@ class SamplingSpec(Section):
     repetition_penalty: float = Field(
         default=1.0, gt=0, description="Divides the logit of tokens in the prompt or output."
     )
-    beam_width: PositiveInt | None = Field(default=None, description="Beams of a beam search.")
+    beam_width: Annotated[int, Field(ge=2, le=16)] | None = Field(
+        default=None,
+        description="Beams of a beam search, which takes the place of sampling; 2 to 16. The n "
+        "best outputs are written, best first.",
+    )
+    length_penalty: float = Field(
+        default=1.0,
+        description="With beams: the score is the log probability over the length to this power.",
+    )
+    early_stopping: bool | Literal["never"] = Field(
+        default=False,
+        description="With beams: a row ends once beam_width outputs have ended (true), once a "
+        "better one is unlikely (false), or impossible (never).",
+    )
 
     @model_validator(mode="after")
     def _min_fits_max(self) -> Self:
@@ -206,10 +236,33 @@ class SamplingSpec(Section):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
-        if self.n > 1 and self.temperature == 0:
+        if self.n > 1 and self.temperature == 0 and self.beam_width is None:
             raise ValueError(
                 f"n should be 1 at temperature 0, where all samples are the same "
                 f"(got n {self.n}); set a temperature, or n to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _beams_fit(self) -> Self:
+        given = self.model_dump()
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        if self.beam_width is None:
+            lone = [name for name in _ONLY_WITH_BEAMS if given[name] != defaults[name]]
+            if lone:
+                raise ValueError(
+                    f"{lone[0]} does nothing without beam_width (got {given[lone[0]]!r})"
+                )
+            return self
+        other = [name for name in _NOT_WITH_BEAMS if given[name] != defaults[name]]
+        if other:
+            raise ValueError(
+                f"beam_width takes the likeliest outputs, and {other[0]} does not combine with it "
+                f"(got {given[other[0]]!r}); take one of them out"
+            )
+        if self.n > self.beam_width:
+            raise ValueError(
+                f"n should be at most beam_width (got n {self.n}, beam_width {self.beam_width})"
             )
         return self
 

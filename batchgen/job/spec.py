@@ -65,7 +65,7 @@ class OutputColumns(Section):
     meta: bool = Field(
         default=True,
         description="Add finish_reason, prompt_tokens, output_tokens, seed, row_address; with "
-        "n_layout explode, sample_index too.",
+        "beams, beam_score, and with n_layout explode, sample_index too.",
     )
 
 
@@ -233,6 +233,11 @@ class JobSpec(Section):
     observability: ObservabilitySpec = Field(
         default=ObservabilitySpec(), description="What a run shows of itself."
     )
+
+    @property
+    def has_beams(self) -> bool:
+        """Outputs are found by beam search."""
+        return self.sampling.beam_width is not None
 
     @property
     def output_rows_per_row(self) -> int:

@@ -50,7 +50,7 @@ sampling:
   min_p: 0.0
   max_tokens: 256
   min_tokens: 0
-  n: 1                            # samples of each row, up to 64
+  n: 1                            # outputs of each row: samples, up to 64, or the best beams
   stop: []                        # texts that end an answer
   stop_token_ids: []
   ignore_eos: false
@@ -59,7 +59,9 @@ sampling:
   presence_penalty: 0.0
   frequency_penalty: 0.0
   repetition_penalty: 1.0
-  beam_width: null                # not built yet
+  beam_width: null                # 2 to 16: beam search, in the place of sampling
+  length_penalty: 1.0             # beams are scored by log probability / length ** length_penalty
+  early_stopping: false           # of beams: false | true | never
 
 structured: null                  # not built yet
 

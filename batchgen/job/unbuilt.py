@@ -15,7 +15,6 @@ BUILT_VALUES: Mapping[str, tuple[object, ...]] = {
     "model.quantization": (None, "fp8"),
     "model.trust_remote_code": (False,),
     "sampling.logprobs": (None,),
-    "sampling.beam_width": (None,),
     "structured": (None,),
     "engine.kv_cache_dtype": ("auto", "fp8"),
     "engine.tensor_parallel_size": (1,),

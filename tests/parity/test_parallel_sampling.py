@@ -77,7 +77,7 @@ def test_samples_are_independent_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "num_gpu_blocks" in options:  # admitted whatever it comes to: there will be no room
-        monkeypatch.setattr(Admission, "_forecast_peaks", lambda *args: np.zeros(len(args[3])))
+        monkeypatch.setattr(Admission, "forecast_peaks", lambda *args: np.zeros(len(args[3])))
     prompts = with_samples(prompts_for(12, max_tokens=24, ignore_eos=False))
     engine = engine_for(folder, sampling, **options)
     completions = complete_all(engine, prompts)

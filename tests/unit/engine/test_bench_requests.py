@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from batchgen.engine.bench import read_requests
+from batchgen.engine.bench import read_requests, run_bench
+from batchgen.engine.config import BeamOptions, EngineOptions, SamplingOptions
 from batchgen.engine.roofline import Ceilings, floor_seconds
 from batchgen.errors import UsageError
 from batchgen.models.config import parse_config
@@ -44,3 +45,26 @@ def test_the_floor_counts_the_prompt_of_samples_once() -> None:
     attention_s = 4 * 32 * 32 * 128 * 1000**2 / 2 / ceilings.flops_per_s
     assert together.compute_s == pytest.approx(apart.compute_s + attention_s, rel=1e-9)
     assert together.memory_s == pytest.approx(apart.memory_s, rel=1e-9)
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
+
+
+def test_beams_of_requests(tmp_path: Path) -> None:
+    """They run to max_tokens, if the requests ignore the end token; and all must or none."""
+    model = parse_config(LLAMA_8B | TINY, source="test")
+    options = EngineOptions(device="cpu", load_format="dummy", dtype="float32")
+    sampling = SamplingOptions(beams=BeamOptions(width=4, end_token_ids=list(range(9))))
+    exact = [REQUEST | {"ignore_eos": True, "max_tokens": length} for length in (4, 9)]
+    result = run_bench(write(tmp_path / "r.jsonl", *exact), model, None, options, sampling)
+    assert result["output_tokens"] == 4 + 9
+    assert result["decode_steps"] == 8
+    with pytest.raises(UsageError, match="ignore_eos must be the same in all requests"):
+        run_bench(write(tmp_path / "r.jsonl", *exact, REQUEST), model, None, options, sampling)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from batchgen.engine.bench import RequestList
+from batchgen.engine.completer import SampleCompleter
 from batchgen.engine.engine import Engine
 from batchgen.engine.scheduler import Scheduler
 from batchgen.engine.sequences import SchedulerConfig
@@ -80,11 +81,14 @@ def make(*, merge: bool, prefill_lookahead: int) -> tuple[Engine, StandInRunner]
     runner = StandInRunner(scheduler, {length: rng.randint(1, 40) for length in range(1, 65)})
     engine = Engine(
         scheduler=scheduler,
-        runner=cast(Any, runner),
-        stop_token_ids=frozenset(),
-        eos_token_ids=frozenset(),
-        stop_strings=None,
-        min_tokens=0,
+        completer=SampleCompleter(
+            scheduler=scheduler,
+            runner=cast(Any, runner),
+            stop_token_ids=frozenset(),
+            eos_token_ids=frozenset(),
+            stop_strings=None,
+            min_tokens=0,
+        ),
         lookahead=1,
         prefill_lookahead=prefill_lookahead,
     )

@@ -54,6 +54,16 @@ def test_what_changes_the_output_changes_it(load_text, minimal, override, line):
     assert fingerprint_difference(fingerprint(old), fingerprint(new)) == [line]
 
 
+def test_options_of_beams_are_in_it_only_with_beams(load_text, minimal):
+    """Ledgers that were begun before there were beams stay valid."""
+    assert "length_penalty" not in fingerprint(load_text(minimal))["sampling"]
+    beams = load_text(minimal, ["sampling.beam_width=4"])
+    other = load_text(minimal, ["sampling.beam_width=4", "sampling.length_penalty=2"])
+    assert fingerprint_difference(fingerprint(beams), fingerprint(other)) == [
+        "sampling.length_penalty: 1.0 -> 2.0"
+    ]
+
+
 @pytest.mark.parametrize(
     "override",
     [

@@ -23,7 +23,6 @@ UNBUILT = {
     "model.quantization": "int8",
     "model.trust_remote_code": "true",
     "sampling.logprobs": "0",
-    "sampling.beam_width": "4",
     "structured": "{choice: [a, b]}",
     "engine.kv_cache_dtype": "int8",
     "engine.tensor_parallel_size": "2",
@@ -310,10 +309,10 @@ def test_the_first_built_value_is_the_default(load_text, minimal, key, built):
 
 def test_several_unbuilt_features_are_refused_at_once(load_text, minimal):
     with pytest.raises(UnsupportedError) as caught:
-        load_text(f"{minimal}sampling: {{logprobs: 2, beam_width: 4}}\n")
+        load_text(f"{minimal}sampling: {{logprobs: 2}}\nengine: {{tensor_parallel_size: 2}}\n")
     assert str(caught.value).split("\n") == [
         "job.yaml:5:12: sampling.logprobs: not built yet (got 2); set it to null",
-        "job.yaml:5:25: sampling.beam_width: not built yet (got 4); set it to null",
+        "job.yaml:6:10: engine.tensor_parallel_size: not built yet (got 2); set it to 1",
     ]
 
 

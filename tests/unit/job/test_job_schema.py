@@ -75,7 +75,7 @@ def test_the_schema_refuses_what_loading_refuses(validator, minimal):
 def test_the_schema_says_what_is_not_built():
     schema = job_json_schema()
     sampling = schema["$defs"]["SamplingSpec"]["properties"]
-    assert sampling["beam_width"]["description"].endswith("Not built yet but for: null.")
+    assert sampling["logprobs"]["description"].endswith("Not built yet but for: null.")
     assert str(schema).count("Not built yet") == len(BUILT_VALUES)
 
 

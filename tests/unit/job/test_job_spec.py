@@ -51,6 +51,8 @@ DEFAULTS = {
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "beam_width": None,
+        "length_penalty": 1.0,
+        "early_stopping": False,
     },
     "structured": None,
     "engine": {
@@ -119,6 +121,9 @@ def test_defaults_are_the_contracts(load_text, minimal):
         "sampling.min_tokens=257",
         "sampling.n=0",
         "sampling.n=2",
+        "sampling.beam_width=1",
+        "sampling.beam_width=17",
+        "sampling.early_stopping=always",
         "sampling.seed=-1",
         "sampling.seed=1.5",
         "sampling.seed='1'",
@@ -167,6 +172,39 @@ def test_values_out_of_range_are_refused(load_text, minimal, override):
     key, _, _ = override.partition("=")
     with pytest.raises(JobFileError, match=rf"{key.split('.')[0]}.*should|set exactly one"):
         load_text(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "temperature=0.5",
+        "top_p=0.9",
+        "top_k=5",
+        "min_p=0.1",
+        "min_tokens=1",
+        "stop=[x]",
+        "seed=3",
+        "presence_penalty=0.1",
+        "frequency_penalty=0.1",
+        "repetition_penalty=1.1",
+    ],
+)
+def test_what_does_not_combine_with_beams(load_text, minimal, override):
+    key, _, _ = override.partition("=")
+    with pytest.raises(JobFileError, match=f"and {key} does not combine with it"):
+        load_text(minimal, ["sampling.beam_width=4", f"sampling.{override}"])
+
+
+def test_beams_and_their_options(load_text, minimal):
+    beams = ["sampling.beam_width=4", "sampling.early_stopping=never", "sampling.n=4"]
+    sampling = load_text(minimal, [*beams, "sampling.length_penalty=0.5"]).sampling
+    assert (sampling.beam_width, sampling.n, sampling.length_penalty) == (4, 4, 0.5)
+    assert sampling.early_stopping == "never"
+    with pytest.raises(JobFileError, match=r"n should be at most beam_width \(got n 5"):
+        load_text(minimal, [*beams[:2], "sampling.n=5"])
+    for lone in ("length_penalty=2", "early_stopping=true"):
+        with pytest.raises(JobFileError, match="does nothing without beam_width"):
+            load_text(minimal, [f"sampling.{lone}"])
 
 
 @pytest.mark.parametrize(
