@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from batchgen.engine.completer import SampleCompleter
 from batchgen.engine.config import SamplingOptions
 from batchgen.engine.engine import Engine
 from batchgen.engine.stopping import StopStrings
@@ -64,7 +65,8 @@ def run_in_lives(
 
 def stopping_engine(folder: Path, stop: tuple[str, ...]) -> Engine:
     engine = engine_for(folder)
-    engine._stop_strings = StopStrings(stop, decode)
+    assert isinstance(engine._completer, SampleCompleter)
+    engine._completer._stop_strings = StopStrings(stop, decode)
     return engine
 
 
