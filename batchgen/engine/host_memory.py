@@ -3,6 +3,9 @@
 To pin 256 MiB takes 0.13 s, in which no kernel can be launched; nearly all of it goes to pages that
 the operating system has to find and clear. Once another thread has touched the pages, 0.015 s are
 left (H200 machine, see benchmarks.md). So the next chunks are always touched ahead.
+
+What an engine has pinned stays so, for the next engine of the process: an engine ends when it is
+collected, perhaps while another one captures its graphs, when nothing may be unpinned.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _NUM_AHEAD = 2
+_idle_chunks: list[NDArray[np.uint8]] = []  # pinned, of engines that are gone
 
 
 class HostChunks:
@@ -32,12 +36,14 @@ class HostChunks:
         if is_pinned:
             self._threads = ThreadPoolExecutor(_NUM_AHEAD, thread_name_prefix="host-memory")
             self._touch_ahead(1)
-            weakref.finalize(self, _unpin, self._pinned)
+            weakref.finalize(self, _give_up, self._pinned)
 
     def take(self) -> Tensor:
         """[chunk_bytes] uint8. Raises RuntimeError if the system does not let it be pinned."""
         if not self._is_pinned:
             return torch.empty(self._chunk_bytes, dtype=torch.uint8)
+        if (idle := self._take_idle()) is not None:
+            return torch.from_numpy(idle)
         self._touch_ahead(1)
         chunk = self._touched.popleft().result()
         self._touch_ahead(_NUM_AHEAD)
@@ -45,6 +51,15 @@ class HostChunks:
         torch.cuda.check_error(runtime.cudaHostRegister(chunk.ctypes.data, chunk.nbytes, 0))
         self._pinned.append(chunk)
         return torch.from_numpy(chunk)
+
+    def _take_idle(self) -> NDArray[np.uint8] | None:
+        """A pinned chunk of the right size that no engine uses."""
+        for index, chunk in enumerate(_idle_chunks):
+            if chunk.nbytes == self._chunk_bytes:
+                torch.cuda.synchronize()  # copies of the engine that had it
+                self._pinned.append(_idle_chunks.pop(index))
+                return chunk
+        return None
 
     def _touch_ahead(self, count: int) -> None:
         while self._num_left and len(self._touched) < count:
@@ -59,10 +74,5 @@ def _touched_bytes(count: int) -> NDArray[np.uint8]:
     return pages
 
 
-def _unpin(chunks: list[NDArray[np.uint8]]) -> None:
-    if not chunks:
-        return
-    torch.cuda.synchronize()  # copies to and from them
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    for chunk in chunks:
-        runtime.cudaHostUnregister(chunk.ctypes.data)
+def _give_up(chunks: list[NDArray[np.uint8]]) -> None:
+    _idle_chunks.extend(chunks)
