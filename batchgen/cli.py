@@ -18,8 +18,8 @@ from batchgen import __version__
 from batchgen.commands.bench import bench
 from batchgen.commands.check import plan, preview, validate
 from batchgen.commands.job_files import init, schema
-from batchgen.commands.outcome import status, verify
-from batchgen.commands.run import run
+from batchgen.commands.outcome import errors, status, verify
+from batchgen.commands.run import retry, run
 from batchgen.errors import BatchgenError, Interrupted, UnsupportedError
 
 EXIT_UNEXPECTED = 1
@@ -27,8 +27,6 @@ EXIT_UNEXPECTED = 1
 # Commands of the design that are not built yet, and what serves until then.
 _NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
-        "errors": "dead letters are JSON lines in the folder dead/ of the ledger",
-        "retry": "run the failed rows as a job of their own",
         "doctor": "`batchgen validate JOB` checks a job, `batchgen plan JOB` what it would run",
         "report": "`batchgen status --json JOB` has the counts",
     }
@@ -41,7 +39,19 @@ def cli() -> None:
     """Run a language model over a dataset: Parquet or JSONL in, a dataset out."""
 
 
-for _command in (run, validate, preview, plan, status, verify, schema, init, bench):
+for _command in (
+    run,
+    validate,
+    preview,
+    plan,
+    status,
+    errors,
+    retry,
+    verify,
+    schema,
+    init,
+    bench,
+):
     cli.add_command(_command)
 
 

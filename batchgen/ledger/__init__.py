@@ -1,6 +1,8 @@
 """Which rows are done: units, partials, commits and dead letters, as files and nothing else."""
 
 from batchgen.ledger.commits import Commit, DeadLetters, RunCounts
+from batchgen.ledger.failures import read_failures, read_job_failures
+from batchgen.ledger.judged import judged_rows
 from batchgen.ledger.ledger import Ledger
 from batchgen.ledger.plan import LedgerPlan, decode_schema, encode_schema, read_job
 from batchgen.ledger.status import read_status
@@ -13,6 +15,9 @@ __all__ = [
     "RunCounts",
     "decode_schema",
     "encode_schema",
+    "judged_rows",
+    "read_failures",
     "read_job",
+    "read_job_failures",
     "read_status",
 ]

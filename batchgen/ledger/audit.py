@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,12 +17,12 @@ from batchgen.ledger.files import (
     commit_path,
     done_path,
     full_name,
+    is_dead_letters,
     list_commits,
+    list_generations,
     read_many,
 )
 from batchgen.ledger.plan import StoredJob
-
-_DEAD_LETTERS = re.compile(r"dead/\d{8,}-[0-9a-f]+\.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,8 @@ class CommitAudit:
 def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
     """All commits of the ledger. Once the dataset is published, a missing one is a problem."""
     # Asked before the commits are listed: a runner may be at work, and publishes after the last.
-    is_published = storage.exists(done_path(job.job_id))
+    generations = list_generations(storage)
+    is_published = storage.exists(done_path(job.job_id, generations))
     commits: dict[int, Commit] = {}
     problems: dict[str, str] = {}
     for path, data in read_many(storage, list_commits(storage)):
@@ -48,6 +48,8 @@ def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
             problems[path] = str(error)
         else:
             commits[commit.unit_id] = commit
+    if any(commit.generation > generations.get(unit_id, 0) for unit_id, commit in commits.items()):
+        is_published = False  # a retry is at work
     if is_published:
         for unit in job.plan.units:
             path = commit_path(unit.unit_id)
@@ -63,7 +65,7 @@ def read_dead_letters(storage: Storage, letters: DeadLetters) -> list[str]:
 
     Raises ValueError when the file is not the one that was committed.
     """
-    if not _DEAD_LETTERS.fullmatch(letters.path):
+    if not is_dead_letters(letters.path):
         raise ValueError("is no path of dead letters")
     try:
         data = storage.read(letters.path)

@@ -55,7 +55,11 @@ class DeadLetters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A finished unit. Parts that no commit names do not exist."""
+    """A finished unit. Parts that no commit names do not exist.
+
+    A retry of failed rows writes the whole unit again: new parts, and a commit of the next
+    generation, which supersedes the others. Like the first one, it is created exclusively.
+    """
 
     job_id: str
     run_id: str  # the process that committed it
@@ -64,6 +68,8 @@ class Commit:
     dead_letters: DeadLetters | None  # None if no row failed
     counts: RunCounts
     wall_s: float  # from the unit's first row read to its commit
+    generation: int = 0  # how many retries came before
+    retry_id: str = ""  # of the retry that committed it
 
 
 _COMMIT = TypeAdapter(Commit)
@@ -94,7 +100,21 @@ def sum_counts(counts: Sequence[RunCounts], *, total: int) -> RunCounts:
     )
 
 
-def encode_dead_letters(unit_id: int, failures: Sequence[RowFailure]) -> tuple[DeadLetters, bytes]:
+def subtract_counts(counts: RunCounts, taken: RunCounts) -> RunCounts:
+    """The counts of the rows that are left; `total` as it was."""
+    return RunCounts(
+        total=counts.total,
+        ok=counts.ok - taken.ok,
+        failed=counts.failed - taken.failed,
+        skipped=counts.skipped - taken.skipped,
+        prompt_tokens=counts.prompt_tokens - taken.prompt_tokens,
+        output_tokens=counts.output_tokens - taken.output_tokens,
+    )
+
+
+def encode_dead_letters(
+    unit_id: int, failures: Sequence[RowFailure], generation: int = 0
+) -> tuple[DeadLetters, bytes]:
     """The file of these failures, in row order: the same failures give the same bytes."""
     lines = []
     for failure in sorted(failures, key=lambda failure: failure.key.index):
@@ -110,7 +130,7 @@ def encode_dead_letters(unit_id: int, failures: Sequence[RowFailure]) -> tuple[D
         lines.append(json.dumps(letter, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     data = b"".join(line + b"\n" for line in lines)
     sha256 = hashlib.sha256(data).hexdigest()
-    path = dead_letters_path(unit_id, sha256)
+    path = dead_letters_path(unit_id, generation, sha256)
     letters = DeadLetters(path=path, num_rows=len(failures), size_bytes=len(data), sha256=sha256)
     return letters, data
 
@@ -131,7 +151,8 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
             "deleted or exchanged, or a runner of a job that had this folder before is still at "
             "work. Stop that runner, and start the job anew with another output.uri."
         )
-    if commit_path(commit.unit_id) != path or not 0 <= commit.unit_id < len(job.plan.units):
+    is_planned = 0 <= commit.unit_id < len(job.plan.units)
+    if not is_planned or commit_path(commit.unit_id, commit.generation) != path:
         raise damaged(where, f"it is a commit of unit {commit.unit_id}")
     num_rows = job.plan.units[commit.unit_id].num_rows
     if not commit.counts.total == commit.counts.ended == num_rows:
@@ -140,7 +161,7 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
 
 
 def read_commits(storage: Storage, job: StoredJob) -> dict[int, Commit]:
-    """All commits by unit, in unit order."""
+    """The newest commit of each unit that has one, in unit order."""
     commits = [
         decode_commit(data, job, path, full_name(storage, path))
         for path, data in read_many(storage, list_commits(storage))

@@ -87,7 +87,7 @@ class OutputCheck:
         )
         if len(self.differences) > num_known:
             return  # sums over rows that are not there would say the same again
-        path = commit_path(unit.unit_id)
+        path = commit_path(unit.unit_id, commit.generation)
         if num_rows % self._rows_per_row:
             self.add(
                 path,

@@ -303,7 +303,7 @@ def test_bad_rows_are_dead_letters_and_the_others_are_kept(
     assert [(letter["index"], letter["kind"]) for letter in letters] == [
         (3, "template_error"),
         (4, "empty_prompt"),
-        (5, "prompt_too_long"),
+        (5, "too_long"),
         (30, "bad_record"),
     ]
     assert batchgen("run", job, "--allow-errors").returncode == 0

@@ -16,7 +16,9 @@ from batchgen.errors import (
     Preempted,
     StorageError,
 )
-from batchgen.pipeline import Channel, Engine, FailureGate, Pipeline, Stages
+from batchgen.monitor.failure_gate import FailureGate
+from batchgen.monitor.watchdog import Watchdog
+from batchgen.pipeline import Channel, Engine, Pipeline, Stages
 from batchgen.records import (
     Completion,
     EngineStats,
@@ -122,8 +124,11 @@ def make_stages(**changes: object) -> Stages:
         "engine": ReversingEngine(),
         "saver": ListSaver(),
         "gate": FailureGate(fail_on_first=False, max_error_rate=1.0, window=10),
+        "given": lambda _: None,
         "charge": lambda _: None,
         "watch": lambda: None,
+        "watchdog": Watchdog(None),
+        "abandon": lambda _: None,
     }
     return Stages(**{**defaults, **changes})  # type: ignore[arg-type]
 

@@ -149,7 +149,7 @@ def test_failed_and_skipped_rows_leave_the_others_in_order(
     ]
     assert [letter["row_address"] for letter in letters] == [f"{uri}:{i}" for i in (10, 11, 200)]
     assert [letter["kind"] for letter in letters] == [
-        "template_error", "prompt_too_long", "bad_record",
+        "template_error", "too_long", "bad_record",
     ]  # fmt: skip
 
 

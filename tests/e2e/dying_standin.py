@@ -1,0 +1,121 @@
+"""A supervised run whose engine dies of poisoned rows, in real processes.
+
+    python dying_standin.py JOB LOG [--poison ROW:HOW ...] [--once HOW] [--retry] [-o KEY=VALUE ...]
+
+HOW is a signal's name, `raise`, or `exit`. LOG gets a line for each worker that has started. With
+--once, the first worker dies when it has half of its rows done; with --at-start, every worker does
+before its engine has a row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from standin import StandInEngine
+
+from batchgen.commands.run import run_supervised
+from batchgen.errors import BatchgenError
+from batchgen.job.loading import load_job
+from batchgen.records import Completion, Prompt, PromptSource
+from batchgen.supervision import Worker
+
+
+class OutOfMemory(RuntimeError):
+    """As torch's: an error of the engine that batchgen does not raise."""
+
+
+def die(how: str) -> None:
+    if how == "raise":
+        raise OutOfMemory("CUDA out of memory")
+    os.kill(os.getpid(), signal.Signals[how])
+    time.sleep(60)
+
+
+class DyingEngine(StandInEngine):
+    """Dies when it has a poisoned row, as a batch does in which one row is too much."""
+
+    def __init__(self, poison: Mapping[int, str], once: str | None, unit_rows: int) -> None:
+        super().__init__(pool=16)
+        self._poison = poison
+        self._once = once
+        self._unit_rows = unit_rows
+
+    def run(self, source: PromptSource) -> Iterator[list[Completion]]:
+        for completions in super().run(_Inspected(source, self)):
+            yield completions
+            if self._once is not None and self._num_finished > 40:
+                die(self._once)
+
+    def look_at(self, prompt: Prompt) -> None:
+        row = prompt.key.unit_id * self._unit_rows + prompt.key.index
+        if row in self._poison:
+            time.sleep(0.1)
+            die(self._poison[row])
+
+
+class _Inspected:
+    def __init__(self, source: PromptSource, engine: DyingEngine) -> None:
+        self._source = source
+        self._engine = engine
+
+    def take(self, max_prompts: int, *, wait: bool) -> list[Prompt]:
+        prompts = self._source.take(max_prompts, wait=wait)
+        for prompt in prompts:
+            self._engine.look_at(prompt)
+        return prompts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job")
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--poison", action="append", default=[])
+    parser.add_argument("--once")
+    parser.add_argument("--at-start")
+    parser.add_argument("--retry", action="store_true")
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("-o", dest="overrides", action="append", default=[])
+    options = parser.parse_args()
+    spec = load_job(options.job, options.overrides)
+    poison = {int(row): how for row, how in (each.split(":") for each in options.poison)}
+    retry_id = secrets.token_hex(8)
+
+    def work(worker: Worker | None) -> object:
+        from batchgen.retry import Retry
+        from batchgen.runner import run_job
+
+        assert not {"torch", "transformers"} & set(sys.modules)  # what the parent is forked with
+        started = options.log.read_text().count("\n") if options.log.exists() else 0
+        with options.log.open("a") as log:
+            rows = worker.assignment.only if worker else None
+            log.write(f"{os.getpid()} {'all' if rows is None else len(rows)}\n")
+
+        def make_engine(*_: object) -> StandInEngine:
+            if options.at_start:
+                die(options.at_start)
+            if options.delay_ms:
+                return StandInEngine(delay_s=options.delay_ms / 1e3, pool=16)
+            return DyingEngine(
+                poison, options.once if started == 0 else None, spec.checkpoint.unit_rows
+            )
+
+        retry = Retry(retry_id=retry_id, only=None) if options.retry else None
+        return run_job(spec, make_engine=make_engine, worker=worker, retry=retry)
+
+    return run_supervised(spec, work, allow_errors=False)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except BatchgenError as error:
+        sys.stderr.write(f"error: {error}\n")
+        code = error.exit_code
+    sys.exit(code)
