@@ -89,8 +89,11 @@ def run_supervised(
         try:
             report = work(worker)
         except EngineError as error:
-            traceback.print_exception(error.__cause__)
-            raise
+            if worker is None or worker.assignment.only is None:  # else it was shown before
+                traceback.print_exception(error.__cause__)
+            if worker is None:
+                raise
+            return error.exit_code  # the supervisor says what it does about it
         if worker is not None and worker.assignment.only is not None:
             return 0
         click.echo(report.summary, err=True)

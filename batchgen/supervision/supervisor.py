@@ -150,11 +150,10 @@ def _end_with(alive: int) -> None:
 
 
 def _say(end: _WorkerEnd, assignment: Assignment) -> None:
-    num_suspects = len(end.report.suspects)
     if assignment.only is None:
         what = "the row that it had alone becomes a dead letter"
     else:
-        what = f"it had {num_suspects} rows, of which {len(assignment.only)} are now run alone"
+        what = f"running {len(assignment.only)} of its {len(end.report.suspects)} rows alone"
     sys.stderr.write(f"{end.why}: {what}\n")
 
 

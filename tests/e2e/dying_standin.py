@@ -1,10 +1,8 @@
 """A supervised run whose engine dies of poisoned rows, in real processes.
 
-    python dying_standin.py JOB LOG [--poison ROW:HOW ...] [--once HOW] [--retry] [-o KEY=VALUE ...]
-
-HOW is a signal's name, `raise`, or `exit`. LOG gets a line for each worker that has started. With
---once, the first worker dies when it has half of its rows done; with --at-start, every worker does
-before its engine has a row.
+Its arguments are JOB LOG [--poison ROW:HOW ...] [--once HOW] [--at-start HOW] [--retry] [-o ...].
+HOW is a signal's name or `raise`. LOG gets a line for each worker that has started. With --once,
+the first worker dies when it has some rows done; with --at-start, before its engine has a row.
 """
 
 from __future__ import annotations
@@ -15,8 +13,9 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from standin import StandInEngine
 
@@ -24,6 +23,8 @@ from batchgen.commands.run import run_supervised
 from batchgen.errors import BatchgenError
 from batchgen.job.loading import load_job
 from batchgen.records import Completion, Prompt, PromptSource
+from batchgen.retry import Retry
+from batchgen.runner import RunReport, run_job
 from batchgen.supervision import Worker
 
 
@@ -72,7 +73,19 @@ class _Inspected:
         return prompts
 
 
-def main() -> int:
+def run_dying(arguments: Sequence[str], errors: str) -> NoReturn:
+    """What a process of a test runs. Its stderr, and that of its workers, goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    try:
+        code = _run(_parse(arguments))
+    except BatchgenError as error:
+        os.write(2, f"error: {error}\n".encode())
+        code = error.exit_code
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("job")
     parser.add_argument("log", type=Path)
@@ -82,19 +95,18 @@ def main() -> int:
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("-o", dest="overrides", action="append", default=[])
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
     spec = load_job(options.job, options.overrides)
     poison = {int(row): how for row, how in (each.split(":") for each in options.poison)}
-    retry_id = secrets.token_hex(8)
+    retry = Retry(retry_id=secrets.token_hex(8), only=None) if options.retry else None
 
-    def work(worker: Worker | None) -> object:
-        from batchgen.retry import Retry
-        from batchgen.runner import run_job
-
-        assert not {"torch", "transformers"} & set(sys.modules)  # what the parent is forked with
-        started = options.log.read_text().count("\n") if options.log.exists() else 0
+    def work(worker: Worker | None) -> RunReport:
+        is_first = not options.log.exists()
+        rows = None if worker is None else worker.assignment.only
         with options.log.open("a") as log:
-            rows = worker.assignment.only if worker else None
             log.write(f"{os.getpid()} {'all' if rows is None else len(rows)}\n")
 
         def make_engine(*_: object) -> StandInEngine:
@@ -102,20 +114,9 @@ def main() -> int:
                 die(options.at_start)
             if options.delay_ms:
                 return StandInEngine(delay_s=options.delay_ms / 1e3, pool=16)
-            return DyingEngine(
-                poison, options.once if started == 0 else None, spec.checkpoint.unit_rows
-            )
+            once = options.once if is_first else None
+            return DyingEngine(poison, once, spec.checkpoint.unit_rows)
 
-        retry = Retry(retry_id=retry_id, only=None) if options.retry else None
         return run_job(spec, make_engine=make_engine, worker=worker, retry=retry)
 
-    return run_supervised(spec, work, allow_errors=False)  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    try:
-        code = main()
-    except BatchgenError as error:
-        sys.stderr.write(f"error: {error}\n")
-        code = error.exit_code
-    sys.exit(code)
+    return run_supervised(spec, work, allow_errors=False)
