@@ -368,11 +368,14 @@ class Pipeline:
 
     def _describe(self) -> str:
         """What every stage is doing, and what lies between them."""
+        stats = self._stages.engine.stats()
         return (
             f"{thread_report(self._threads)}\n"
             f"  between them: {len(self._rows)} rows read, {len(self._prompts)} prompts, "
             f"{len(self._ended)} ended rows to save, {self._board.num_open()} units in flight\n"
-            f"  engine: {self._stages.engine.stats()}"
+            f"  in the engine: {stats.num_running} sequences run, {stats.num_waiting} prompts "
+            f"wait, {stats.num_swapped} are swapped out; {stats.num_finished} are completed, in "
+            f"{stats.prefill_steps} prefill and {stats.decode_steps} decode steps"
         )
 
     def _abandon(self, reason: BaseException) -> None:

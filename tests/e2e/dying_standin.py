@@ -1,8 +1,9 @@
 """A supervised run whose engine dies of poisoned rows, in real processes.
 
 Its arguments are JOB LOG [--poison ROW:HOW ...] [--once HOW] [--at-start HOW] [--retry] [-o ...].
-HOW is a signal's name or `raise`. LOG gets a line for each worker that has started. With --once,
-the first worker dies when it has some rows done; with --at-start, before its engine has a row.
+HOW is a signal's name, `raise` or `hang`. LOG gets a line for each worker that has started. With
+--once, the first worker dies when it has some rows done; with --at-start, before its engine has a
+row.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import NoReturn
 
 from standin import StandInEngine
 
+from batchgen import pipeline
 from batchgen.commands.run import run_supervised
 from batchgen.errors import BatchgenError
 from batchgen.job.loading import load_job
@@ -35,6 +38,8 @@ class OutOfMemory(RuntimeError):
 def die(how: str) -> None:
     if how == "raise":
         raise OutOfMemory("CUDA out of memory")
+    if how == "hang":
+        threading.Event().wait()
     os.kill(os.getpid(), signal.Signals[how])
     time.sleep(60)
 
@@ -75,6 +80,7 @@ class _Inspected:
 
 def run_dying(arguments: Sequence[str], errors: str) -> NoReturn:
     """What a process of a test runs. Its stderr, and that of its workers, goes to a file."""
+    pipeline._ABANDON_S = 1.0
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     try:
         code = _run(_parse(arguments))

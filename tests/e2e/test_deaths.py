@@ -27,7 +27,7 @@ from e2e_jobs import (
 )
 from retry_jobs import load_with, retry_rows, verify
 
-from batchgen.ledger import read_job, read_job_failures
+from batchgen.ledger import read_job, read_job_failures, read_status
 from batchgen.records import RowFailure
 from batchgen.startup import open_ledger_storage
 
@@ -158,6 +158,21 @@ def test_a_retry_of_rows_that_killed(deaths: Deaths, tokenizer: Any) -> None:
     deaths.check(tokenizer, 100)
     assert "OutOfMemory" in deaths.failures()[0].message
     retry_rows(load_with(deaths.job))
+    deaths.check(tokenizer)
+
+
+def test_a_hang_ends_with_a_report_and_keeps_what_was_finished(
+    deaths: Deaths, tokenizer: Any
+) -> None:
+    options = ("-o", "errors.watchdog=1", "-o", "checkpoint.flush_interval=60")
+    err = deaths.run("--once", "hang", *options, code=1)
+    assert err.startswith("error: no progress for 0:01")
+    assert "\n  engine: wait (" in err
+    assert "< die (e2e/dying_standin.py:" in err
+    assert deaths.workers() == ["all"]
+    counts: Any = read_status(open_ledger_storage(load_with(deaths.job)))["rows"]
+    assert counts["ok"] > 40
+    deaths.run(code=0)
     deaths.check(tokenizer)
 
 
