@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_jobs import batchgen, make_rows, read_output, write_job, write_jsonl
+from e2e_jobs import ROOT, batchgen, make_rows, read_output, write_job, write_jsonl
 from retry_jobs import (
     ENGINE_ERRORS,
     NO_TEXT,
@@ -257,6 +259,25 @@ def test_a_retry_that_ends_the_engine_again_sets_the_row_aside_again(
     assert verify(spec).is_right
 
 
+def test_errors_reads_the_ledger_and_loads_no_model(tmp_path: Path, tiny_model: Path) -> None:
+    job = write_retry_job(tmp_path, tiny_model)
+    run_with_engine_errors(load_with(job))
+    code = (
+        "import sys\n"
+        "from batchgen.cli import main\n"
+        "try:\n"
+        f"    main(['errors', {str(job)!r}])\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "assert not {'torch', 'triton', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 failed rows" in done.stdout
+
+
 def test_the_commands(tmp_path: Path, tiny_model: Path) -> None:
     job = write_retry_job(tmp_path, tiny_model)
     spec = load_with(job)
@@ -276,6 +297,4 @@ def test_the_commands(tmp_path: Path, tiny_model: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert done.stdout.strip() == spec.output.uri
     assert "1 template_error" in done.stderr
-    assert batchgen("verify", job).returncode == 0
-    assert batchgen("retry", job, "--allow-errors").returncode == 0
     assert batchgen("retry", job, "-o", "sampling.seed=8").returncode == 5

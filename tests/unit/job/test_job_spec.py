@@ -78,7 +78,7 @@ DEFAULTS = {
         "flush_interval": 30.0,
         "resume": "if_possible",
     },
-    "errors": {"on_error": "dead_letter", "max_error_rate": 0.05, "window": 500},
+    "errors": {"on_error": "dead_letter", "max_error_rate": 0.05, "window": 500, "watchdog": 900.0},
     "preemption": {"watch": "auto", "drain_timeout": "auto"},
     "distributed": {"backend": "local", "workers": 1},
     "budget": {"max_wall_time": None, "max_output_tokens": None},
