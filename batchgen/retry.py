@@ -15,7 +15,8 @@ from batchgen.dataset.parts import read_part
 from batchgen.dataset.reader import read_unit
 from batchgen.dataset.storage import redact
 from batchgen.errors import BatchgenError, UsageError
-from batchgen.ledger import Commit
+from batchgen.job.spec import JobSpec
+from batchgen.ledger import Commit, read_job
 from batchgen.records import (
     FailureKind,
     OutputRow,
@@ -26,7 +27,7 @@ from batchgen.records import (
     RowSkip,
     Unit,
 )
-from batchgen.startup import OpenJob
+from batchgen.startup import OpenJob, open_ledger_storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,13 @@ class Retry:
 
     def takes(self, failure: RowFailure) -> bool:
         return self.only is None or failure.kind == self.only
+
+
+def refuse_unbegun(spec: JobSpec) -> None:
+    """Raises UsageError if the job has no ledger: opening it would begin one."""
+    storage = open_ledger_storage(spec)
+    if read_job(storage) is None:
+        raise UsageError(f"{redact(storage.uri)} holds no ledger; run the job first")
 
 
 def reopen_failed(job: OpenJob, retry: Retry) -> dict[int, Commit]:

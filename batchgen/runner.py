@@ -49,7 +49,7 @@ from batchgen.records import (
     RowKey,
     RowResult,
 )
-from batchgen.retry import RetriedUnits, Retry, reopen_failed
+from batchgen.retry import RetriedUnits, Retry, refuse_unbegun, reopen_failed
 from batchgen.startup import OpenJob, TextModel, load_text_model, open_job, probe
 from batchgen.supervision import Worker
 from batchgen.units import FinishedUnit, UnitSaver
@@ -93,6 +93,8 @@ def run_job(
     process has a supervisor. Raises BatchgenError: what stopped the run.
     """
     started_s = time.monotonic() if started_s is None else started_s
+    if retry is not None:
+        refuse_unbegun(spec)
     job = open_job(spec)
     commits = None if retry is None else reopen_failed(job, retry)
     if job.ledger.is_published():

@@ -52,7 +52,7 @@ def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
         is_published = False  # a retry is at work
     if is_published:
         for unit in job.plan.units:
-            path = commit_path(unit.unit_id)
+            path = commit_path(unit.unit_id, generations.get(unit.unit_id, 0))
             if unit.unit_id not in commits and path not in problems:
                 problems[path] = "is missing, but the dataset was published"
     return CommitAudit(

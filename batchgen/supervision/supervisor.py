@@ -211,7 +211,10 @@ class _Signals:
 
     def _pause(self, number: int, frame: FrameType | None) -> None:
         self._send(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)  # until SIGCONT
+        # Not SIGSTOP: where no shell could let it go on, the system ignores this one.
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # until SIGCONT
+        signal.signal(signal.SIGTSTP, handler)
         self._send(signal.SIGCONT)
 
     def _send(self, number: int) -> None:

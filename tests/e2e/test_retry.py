@@ -112,6 +112,9 @@ def test_a_job_that_had_no_row_at_all_gets_a_dataset(tmp_path: Path, tiny_model:
 def test_a_retry_needs_a_finished_job_that_is_the_same(tmp_path: Path, tiny_model: Path) -> None:
     job = write_retry_job(tmp_path, tiny_model)
     spec = load_with(job)
+    with pytest.raises(UsageError, match="holds no ledger; run the job first"):
+        retry_rows(spec)
+    assert not (tmp_path / "out").exists()
 
     class DyingEngine(StandInEngine):
         def run(self, source: Any) -> Any:

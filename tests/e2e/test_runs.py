@@ -22,6 +22,7 @@ from e2e_jobs import (
 )
 from standin import StandInEngine
 
+from batchgen.errors import EngineError
 from batchgen.job.loading import load_job
 from batchgen.records import Prompt, PromptSource
 from batchgen.runner import RunReport, run_job
@@ -186,7 +187,7 @@ def test_a_resumed_run_generates_only_what_is_missing(
     rows = make_rows(NUM_ROWS)
     uri = write_jsonl(tmp_path / "data.jsonl", rows)
     spec = load_job(write_job(tmp_path, tiny_model))
-    with pytest.raises(StopHalfWayError):
+    with pytest.raises(EngineError, match="StopHalfWayError"):
         run_job(spec, make_engine=lambda *_: FailingEngine(2))
     prompted: list[Prompt] = []
 
