@@ -68,7 +68,13 @@ for _name, _instead in _NOT_BUILT.items():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit the process with the code that the contract gives."""
-    sys.exit(_run_command(argv))
+    process_id = os.getpid()
+    code = _run_command(argv)
+    if os.getpid() != process_id:
+        # A worker, forked by `supervise`: what the caller does next is the parent's alone.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run_command(argv: Sequence[str] | None) -> int:

@@ -216,7 +216,8 @@ def test_a_finished_job_is_done_in_seconds_and_without_torch(finished_job: Path)
         "import sys\n"
         "from batchgen.cli import main\n"
         "try:\n"
-        f"    main(['run', {str(finished_job)!r}])\n"
+        # Without a parent process, which never imports them.
+        f"    main(['run', {str(finished_job)!r}, '-o', 'errors.on_error=fail'])\n"
         "except SystemExit as end:\n"
         "    assert not end.code, end.code\n"
         "assert not {'torch', 'triton', 'transformers'} & set(sys.modules)\n"
