@@ -28,7 +28,7 @@ from batchgen.errors import (
     Preempted,
 )
 from batchgen.job.spec import JobSpec
-from batchgen.ledger import Ledger, RunCounts, judged_rows, read_failures
+from batchgen.ledger import Commit, Ledger, RunCounts, judged_rows, read_failures
 from batchgen.monitor.budget import Budget, budget_text
 from batchgen.monitor.failure_gate import FailureGate
 from batchgen.monitor.preemption import SignalWatch, StopReason
@@ -95,42 +95,61 @@ def run_job(
     started_s = time.monotonic() if started_s is None else started_s
     if retry is not None:
         refuse_unbegun(spec)
-    job = open_job(spec)
-    commits = None if retry is None else reopen_failed(job, retry)
-    if job.ledger.is_published():
-        return _report(job, earlier_rows=job.ledger.counts().ended)
-    if worker is not None and worker.assignment.culprits:
-        job = _set_aside(job, worker.assignment.culprits)
+    has_grown = False
+    while True:
+        job = open_job(spec)
+        commits = None if retry is None else reopen_failed(job, retry)
+        # Not if this process has just published, perhaps over what another one has.
+        if not has_grown and job.ledger.is_published():
+            return _report(job, earlier_rows=job.ledger.counts().ended)
+        if worker is not None and worker.assignment.culprits:
+            job = _set_aside(job, worker.assignment.culprits)
+        earlier, begun = _begin(job, retry, commits)
+        budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
+        stats = _generate(job, begun, budget, make_engine or load_engine, max_rows, worker)
+        if worker is not None and worker.assignment.only is not None:
+            return RunReport(uri=spec.output.uri, counts=job.ledger.counts(), summary="")
+        wall_s = time.monotonic() - started_s
+        has_grown = not _publish(job, wall_s)
+        if not has_grown:
+            return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
+
+
+def _begin(
+    job: OpenJob, retry: Retry | None, commits: Mapping[int, Commit] | None
+) -> tuple[RunCounts, _Begun]:
+    """The counts of what earlier runs have ended, and what of it a run begins with.
+
+    `commits` are those that a retry supersedes.
+    """
     flushed = job.ledger.load_partials()
     earlier = job.ledger.counts()
-    budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
     if retry is None or commits is None:
-        begun = _Begun(flushed=flushed, recovered=flushed, gate=_gate(job, flushed))
-    else:
-        retried = RetriedUnits(job, retry, commits, flushed)
-        begun = _Begun(flushed=flushed, recovered=retried, gate=_gate(job, None))
-    stats = _generate(job, begun, budget, make_engine or load_engine, max_rows, worker)
-    if worker is not None and worker.assignment.only is not None:
-        return RunReport(uri=spec.output.uri, counts=job.ledger.counts(), summary="")
-    wall_s = time.monotonic() - started_s
-    _publish(job, wall_s)
-    return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
+        return earlier, _Begun(flushed=flushed, recovered=flushed, gate=_gate(job, flushed))
+    retried = RetriedUnits(job, retry, commits, flushed)
+    return earlier, _Begun(flushed=flushed, recovered=retried, gate=_gate(job, None))
 
 
-def _publish(job: OpenJob, wall_s: float) -> None:
-    """Make the commits the dataset, those of other processes' retries as well."""
+def _publish(job: OpenJob, wall_s: float) -> bool:
+    """Make the commits the dataset, those of other processes' retries as well.
+
+    False where another run has added files to the job meanwhile. What is published then may lie
+    over what the other has published: the job is to be opened again and brought to its end.
+    """
     spec, ledger = job.spec, job.ledger
-    while True:
+    while not ledger.has_grown():
         counts = ledger.counts()
         parts = _committed_parts(ledger)
         _check_counts(spec, counts, parts)
         card = dataset_card(_card_facts(job, counts, wall_s))
         publish(job.output, spec.output, job.schema, parts, card)
-        if not ledger.adopt_retries():
-            break
-    generations = {unit_id: commit.generation for unit_id, commit in ledger.committed.items()}
-    delete_superseded(job.output, parts, generations)
-    ledger.finish()
+        if ledger.adopt_retries():
+            continue
+        generations = {unit_id: commit.generation for unit_id, commit in ledger.committed.items()}
+        delete_superseded(job.output, parts, generations)
+        ledger.finish()
+        return not ledger.has_grown()
+    return False
 
 
 def _check_counts(spec: JobSpec, counts: RunCounts, parts: Sequence[Part]) -> None:
@@ -351,13 +370,13 @@ def _make_prompts(
 
 
 def _card_facts(job: OpenJob, counts: RunCounts, wall_s: float) -> CardFacts:
-    spec = job.spec
+    spec, plan = job.spec, job.ledger.plan
     changed = spec.sampling.model_dump(exclude_defaults=True)
     return CardFacts(
         job_name=spec.name,
         model=spec.model.name_or_path,
         model_revision=job.model_files.identity.get("revision"),
-        input_uris=[file.uri for file in job.ledger.plan.files],
+        input_uris=[plan.files[index].uri for index in plan.input_order],
         sampling={"temperature": spec.sampling.temperature, **changed},
         columns={field.name: str(field.type) for field in job.schema},
         rows_total=counts.total,
@@ -375,6 +394,10 @@ def _card_facts(job: OpenJob, counts: RunCounts, wall_s: float) -> CardFacts:
 
 def _committed_parts(ledger: Ledger) -> list[Part]:
     """The parts of the dataset, in input order."""
+    committed = ledger.committed
     return [
-        part for unit_id in sorted(ledger.committed) for part in ledger.committed[unit_id].parts
+        part
+        for unit in ledger.plan.units_in_order
+        if unit.unit_id in committed
+        for part in committed[unit.unit_id].parts
     ]

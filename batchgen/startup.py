@@ -6,20 +6,29 @@ of these, in `runner`. A job that cannot run leaves no ledger behind, and no tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from batchgen.dataset.inputs import resolve_inputs
-from batchgen.dataset.reader import InputPlan, plan_input, read_sample
+from batchgen.dataset.reader import InputPlan, plan_files, plan_input, read_sample
 from batchgen.dataset.storage import Storage, redact
 from batchgen.dataset.writer import output_schema
-from batchgen.errors import UsageError
+from batchgen.errors import InputError, UsageError
 from batchgen.job.fingerprint import job_fingerprint
 from batchgen.job.spec import JobSpec
-from batchgen.ledger import Ledger, LedgerPlan, decode_schema, encode_schema, read_job
+from batchgen.ledger import (
+    Ledger,
+    LedgerPlan,
+    StoredJob,
+    add_files,
+    check_fingerprint,
+    decode_schema,
+    encode_schema,
+    read_job,
+)
 from batchgen.models.config import ModelConfig, resolve_max_model_len
 from batchgen.models.registry import ModelFiles, load_config, load_tokenizer, resolve_model
 from batchgen.prompts.builder import PromptBuilder
@@ -77,9 +86,13 @@ def open_job(spec: JobSpec) -> OpenJob:
             files=plan.files, units=plan.units, schema_base64=encode_schema(schema)
         )
     else:
-        ledger_plan = stored.plan
-        files = resolve_inputs(spec.input.uri, spec.input.storage_options)
         model_files = resolve_model(spec.model)
+        if spec.input.incremental and spec.checkpoint.resume != "never":
+            stored = take_in_new_files(spec, ledger_storage, stored, model_files.identity)
+            files = stored.plan.files  # which are the input's: that has just been compared
+        else:
+            files = resolve_inputs(spec.input.uri, spec.input.storage_options)
+        ledger_plan = stored.plan
     ledger = Ledger.open(
         ledger_storage,
         resume=spec.checkpoint.resume,
@@ -90,6 +103,7 @@ def open_job(spec: JobSpec) -> OpenJob:
             output_schema=decode_schema(ledger_plan.schema_base64).to_string(),
         ),
         make_plan=lambda: ledger_plan,
+        job=stored,
     )
     if spec.checkpoint.uri is not None:
         _claim(output, ledger.job_id)
@@ -110,11 +124,50 @@ def check_job(spec: JobSpec) -> InputPlan:
     Reads the input and renders its first row; writes nothing and loads no model.
     """
     plan = plan_input(spec.input, spec.checkpoint.unit_rows)
+    check_plan(spec, plan)
+    return plan
+
+
+def check_plan(spec: JobSpec, plan: InputPlan) -> None:
+    """Check the output's columns and the templates against the planned input."""
     check_columns(spec.prompt, plan.schema.names)
     output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
     for row in read_sample(spec.input, plan, 1):
         check_first_row(spec.prompt, row)
-    return plan
+
+
+def take_in_new_files(
+    spec: JobSpec, storage: Storage, job: StoredJob, model: Mapping[str, str]
+) -> StoredJob:
+    """The job of this ledger with the files that have come to its input: `input.incremental`.
+
+    `model` is the model's identity. Raises JobChangedError if anything else has changed, as an
+    old file, and UsageError if the new files do not go with the prompt or with the output.
+    """
+    schema = decode_schema(job.plan.schema_base64)
+    while True:
+        files = resolve_inputs(spec.input.uri, spec.input.storage_options)
+        known = {file.uri for file in job.plan.files}
+        now = job_fingerprint(
+            spec,
+            input_files=[file for file in files if file.uri in known],
+            model=model,
+            output_schema=schema.to_string(),
+        )
+        check_fingerprint(job, now, storage)
+        new_files = [file for file in files if file.uri not in known]
+        if not new_files:
+            return job
+        plan = plan_files(spec.input, new_files, spec.checkpoint.unit_rows)
+        if plan.units:
+            check_plan(spec, plan)
+            _check_kept_types(spec, schema, plan)
+        added = LedgerPlan(files=plan.files, units=plan.units, schema_base64=job.plan.schema_base64)
+        add_files(storage, job, added, files)
+        # Another runner may have been first, with other files: what is stored now counts.
+        stored = read_job(storage)
+        assert stored is not None
+        job = stored
 
 
 def open_ledger_storage(spec: JobSpec) -> Storage:
@@ -143,6 +196,28 @@ def _refuse_foreign_files(output: Storage) -> None:
             f"output.uri {redact(output.uri)} is not empty ({found[0]} and "
             f"{len(found) - 1} more files) and holds no ledger of a run; choose another folder"
         )
+
+
+def _check_kept_types(spec: JobSpec, schema: pa.Schema, plan: InputPlan) -> None:
+    """Raises InputError if a kept column of new files does not fit the output's."""
+    found = output_schema(spec.output, plan.schema, num_samples=spec.sampling.n)
+    for name in spec.output.columns.keep:
+        if pa.types.is_null(plan.schema.field(name).type):
+            continue
+        old, new = schema.field(name), found.field(name)
+        try:
+            both = pa.unify_schemas(
+                [pa.schema([old]), pa.schema([new])], promote_options="permissive"
+            )
+            fits = both.field(0).type == old.type
+        except pa.ArrowException:
+            fits = False
+        if not fits:
+            raise InputError(
+                f"column {name!r} is {new.type} in the files that were added "
+                f"({redact(plan.files[0].uri)} is the first), but {old.type} in the output; make "
+                "them one type, or start a new output"
+            )
 
 
 def _claim(output: Storage, job_id: str) -> None:

@@ -56,10 +56,17 @@ class _FilePlan:
 def plan_input(spec: InputSpec, unit_rows: int) -> InputPlan:
     """Cut the input into units of `unit_rows` rows, fewer at the end of each file.
 
-    Raises InputError when nothing matches, a file is damaged or of another format than the
-    others, a column is missing, or two files' columns do not go together.
+    Raises InputError when nothing matches, and as plan_files() does.
     """
-    files = resolve_inputs(spec.uri, spec.storage_options)
+    return plan_files(spec, resolve_inputs(spec.uri, spec.storage_options), unit_rows)
+
+
+def plan_files(spec: InputSpec, files: Sequence[InputFile], unit_rows: int) -> InputPlan:
+    """Cut these files of the input into units of `unit_rows` rows, fewer at the end of each.
+
+    Raises InputError when a file is damaged or of another format than the others, a column is
+    missing, or two files' columns do not go together.
+    """
     units: list[Unit] = []
     sample: list[Mapping[str, object]] = []
     plans: list[tuple[InputFile, _FilePlan]] = []

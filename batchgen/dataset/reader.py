@@ -12,7 +12,7 @@ from batchgen.dataset.csv_rows import csv_chunks
 from batchgen.dataset.formats import decompressed, detect_content, readable
 from batchgen.dataset.inputs import open_input
 from batchgen.dataset.lines import json_chunks
-from batchgen.dataset.plan import InputPlan, plan_input
+from batchgen.dataset.plan import InputPlan, plan_files, plan_input
 from batchgen.dataset.storage import redact
 from batchgen.dataset.tables import arrow_chunks, parquet_chunks
 from batchgen.errors import InputError
@@ -21,7 +21,15 @@ from batchgen.records import InputFile, InputRow, RowFailure, RowKey, RowSkip, U
 if TYPE_CHECKING:
     from batchgen.job.spec import InputSpec
 
-__all__ = ["InputPlan", "InputResult", "UnitReader", "plan_input", "read_sample", "read_unit"]
+__all__ = [
+    "InputPlan",
+    "InputResult",
+    "UnitReader",
+    "plan_files",
+    "plan_input",
+    "read_sample",
+    "read_unit",
+]
 
 InputResult = InputRow | RowFailure | RowSkip
 

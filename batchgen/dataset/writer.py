@@ -71,7 +71,11 @@ def build_parts(
 
 
 def publish(
-    storage: Storage, spec: OutputSpec, schema: pa.Schema, parts: Sequence[Part], card: str
+    storage: Storage,
+    spec: OutputSpec,
+    schema: pa.Schema,
+    parts: Sequence[Part],
+    card: str,
 ) -> None:
     """Make the committed `parts`, in this order, a dataset.
 

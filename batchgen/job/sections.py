@@ -37,12 +37,26 @@ class InputSpec(Section):
     limit: PositiveInt | None = Field(
         default=None, description="Read only the first so many rows of the whole input."
     )
+    incremental: bool = Field(
+        default=False,
+        description="Files that come to the input after the job began are processed by the next "
+        "run; the output grows. Files that were there stay as they are.",
+    )
     storage_options: dict[str, Any] = Field(
         default={}, description="Options of the input's fsspec file system, such as credentials."
     )
     on_bad_record: Literal["fail", "skip", "dead_letter"] = Field(
         default="dead_letter", description="What becomes of a record that cannot be read."
     )
+
+    @model_validator(mode="after")
+    def _grows_without_limit(self) -> Self:
+        if self.incremental and self.limit is not None:
+            raise ValueError(
+                "incremental and limit do not go together: files that are added could come before "
+                "the rows that were read; set one of the two"
+            )
+        return self
 
 
 class MessageSpec(Section):

@@ -17,6 +17,7 @@ input:
   format: auto                    # auto | parquet | jsonl | arrow | csv
   columns: null                   # [id, text] reads only these
   limit: null                     # only the first so many rows
+  incremental: false              # true: a later run processes the files that were added
   storage_options: {}             # of the input's fsspec file system
   on_bad_record: dead_letter      # fail | skip | dead_letter
 

@@ -1,10 +1,11 @@
 """Which rows are done: units, partials, commits and dead letters, as files and nothing else."""
 
+from batchgen.ledger.additions import add_files, read_job
 from batchgen.ledger.commits import Commit, DeadLetters, RunCounts
 from batchgen.ledger.failures import read_failures, read_job_failures
 from batchgen.ledger.judged import judged_rows
-from batchgen.ledger.ledger import Ledger
-from batchgen.ledger.plan import LedgerPlan, decode_schema, encode_schema, read_job
+from batchgen.ledger.ledger import Ledger, check_fingerprint
+from batchgen.ledger.plan import LedgerPlan, StoredJob, decode_schema, encode_schema
 from batchgen.ledger.status import read_status
 
 __all__ = [
@@ -13,6 +14,9 @@ __all__ = [
     "Ledger",
     "LedgerPlan",
     "RunCounts",
+    "StoredJob",
+    "add_files",
+    "check_fingerprint",
     "decode_schema",
     "encode_schema",
     "judged_rows",

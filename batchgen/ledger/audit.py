@@ -12,14 +12,18 @@ from dataclasses import dataclass
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
-from batchgen.ledger.commits import Commit, DeadLetters, decode_commit
+from batchgen.ledger.commits import (
+    Commit,
+    DeadLetters,
+    decode_commit,
+    newest_commits,
+    newest_generations,
+)
 from batchgen.ledger.files import (
     commit_path,
     done_path,
     full_name,
     is_dead_letters,
-    list_commits,
-    list_generations,
     read_many,
 )
 from batchgen.ledger.plan import StoredJob
@@ -37,11 +41,11 @@ class CommitAudit:
 def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
     """All commits of the ledger. Once the dataset is published, a missing one is a problem."""
     # Asked before the commits are listed: a runner may be at work, and publishes after the last.
-    generations = list_generations(storage)
-    is_published = storage.exists(done_path(job.job_id, generations))
+    generations = newest_generations(storage, job)
+    is_published = storage.exists(done_path(job.last_id, generations))
     commits: dict[int, Commit] = {}
     problems: dict[str, str] = {}
-    for path, data in read_many(storage, list_commits(storage)):
+    for path, data in read_many(storage, newest_commits(storage, job)):
         try:
             commit = decode_commit(data, job, path, full_name(storage, path))
         except BatchgenError as error:

@@ -11,12 +11,13 @@ from pydantic import TypeAdapter
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
+from batchgen.ledger.additions import has_grown
 from batchgen.ledger.files import (
     commit_path,
     damaged,
     dead_letters_path,
     full_name,
-    list_commits,
+    list_generations,
     parse_json,
     read_many,
 )
@@ -61,7 +62,7 @@ class Commit:
     generation, which supersedes the others. Like the first one, it is created exclusively.
     """
 
-    job_id: str
+    job_id: str  # of the file that planned the unit: job.json, or an addition
     run_id: str  # the process that committed it
     unit_id: int
     parts: tuple[Part, ...]  # in row order; their paths are relative to the output folder
@@ -145,7 +146,7 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
     Raises BatchgenError for a damaged file, and for one of another job.
     """
     commit = parse_json(_COMMIT, data, where)
-    if commit.job_id != job.job_id:
+    if commit.job_id != job.id_of_unit(commit.unit_id):
         raise BatchgenError(
             f"{where} is a commit of another job than the ledger's job.json. Either job.json was "
             "deleted or exchanged, or a runner of a job that had this folder before is still at "
@@ -160,10 +161,25 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
     return commit
 
 
+def newest_generations(storage: Storage, job: StoredJob) -> dict[int, int]:
+    """The generation of each unit's newest commit, but for units of files that were added since
+    `job` was read."""
+    generations = list_generations(storage)
+    num_units = len(job.plan.units)
+    if all(unit_id < num_units for unit_id in generations) or not has_grown(storage, job):
+        return generations
+    return {unit_id: number for unit_id, number in generations.items() if unit_id < num_units}
+
+
+def newest_commits(storage: Storage, job: StoredJob) -> list[str]:
+    """The path of each unit's newest commit, of the same units."""
+    return [commit_path(*item) for item in newest_generations(storage, job).items()]
+
+
 def read_commits(storage: Storage, job: StoredJob) -> dict[int, Commit]:
     """The newest commit of each unit that has one, in unit order."""
     commits = [
         decode_commit(data, job, path, full_name(storage, path))
-        for path, data in read_many(storage, list_commits(storage))
+        for path, data in read_many(storage, newest_commits(storage, job))
     ]
     return {commit.unit_id: commit for commit in sorted(commits, key=lambda c: c.unit_id)}

@@ -39,7 +39,7 @@ def read_job_failures(storage: Storage, job: StoredJob) -> Iterator[RowFailure]:
     """All failed rows of a job so far, in input order: of commits, and of partials."""
     commits = read_commits(storage, job)
     partials = merge_partials([rows for _, rows in read_partials(storage, job)], commits)
-    for unit in job.plan.units:
+    for unit in job.plan.units_in_order:
         if unit.unit_id in commits:
             yield from read_failures(storage, commits[unit.unit_id].dead_letters)
         for row in partials.get(unit.unit_id, ()):

@@ -1,6 +1,7 @@
 """Names of the ledger's files, and reading them: many at once, and never trusting what they hold.
 
     job.json                         what the job is, and how its input is cut into units
+    added/<number>.json              files that came to the input later, and their units
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
     commits/<unit>.r<generation>.json   the same after a retry of failed rows: the newest counts
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
@@ -30,6 +31,7 @@ from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
+_ADDITION_PATTERN = re.compile(r"added/\d{6,}\.json")
 _COMMIT_PATTERN = re.compile(r"commits/(\d{8,})(?:\.r([1-9]\d{0,8}))?\.json")
 _DEAD_LETTERS_PATTERN = re.compile(r"dead/(\d{8,})(?:-r([1-9]\d{0,8}))?-[0-9a-f]+\.jsonl")
 _RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
@@ -39,6 +41,11 @@ _PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+(?:\.r([1-9]\d{0,8}))?\.pa
 _MAX_CONCURRENT_READS = 32
 
 T = TypeVar("T")
+
+
+def addition_path(index: int) -> str:
+    """Of the addition at `index`, from 0."""
+    return f"added/{index + 1:06d}.json"
 
 
 def commit_path(unit_id: int, generation: int = 0) -> str:
@@ -81,6 +88,10 @@ def full_name(storage: Storage, path: str) -> str:
     return redact(f"{storage.uri}/{path}")
 
 
+def list_additions(storage: Storage) -> list[str]:
+    return [path for path in storage.list("added") if _ADDITION_PATTERN.fullmatch(path)]
+
+
 def list_generations(storage: Storage) -> dict[int, int]:
     """The generation of the newest commit of each unit that has one, in unit order."""
     newest: dict[int, int] = {}
@@ -89,11 +100,6 @@ def list_generations(storage: Storage) -> dict[int, int]:
             unit_id, generation = int(match[1]), int(match[2] or 0)
             newest[unit_id] = max(generation, newest.get(unit_id, 0))
     return dict(sorted(newest.items()))
-
-
-def list_commits(storage: Storage) -> list[str]:
-    """The newest commit of each unit that has one, in unit order."""
-    return [commit_path(*item) for item in list_generations(storage).items()]
 
 
 def list_dead_letters(storage: Storage) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from typing import Literal
 from batchgen.dataset.storage import Storage, redact
 from batchgen.errors import JobChangedError, UsageError
 from batchgen.job.fingerprint import fingerprint_difference
+from batchgen.ledger.additions import has_grown, read_job
 from batchgen.ledger.commits import (
     Commit,
     DeadLetters,
@@ -45,7 +46,6 @@ from batchgen.ledger.plan import (
     StoredJob,
     decode_schema,
     encode_job,
-    read_job,
 )
 from batchgen.ledger.runs import RunRecord, encode_run
 from batchgen.records import EngineStats, OutputRow, Part, RowFailure, RowResult, Unit
@@ -93,16 +93,18 @@ class Ledger:
         resume: ResumeMode,
         fingerprint: Mapping[str, object],
         make_plan: Callable[[], LedgerPlan],
+        job: StoredJob | None = None,
     ) -> Ledger:
         """Opens the ledger in this folder, or begins it.
 
         `make_plan` reads the input; it is called only if there is no ledger. If another process
-        begins the ledger meanwhile, its plan counts.
+        begins the ledger meanwhile, its plan counts. `job` is what was read of the ledger before:
+        files that were added since then are not of this process.
 
         Raises JobChangedError if the ledger is of another fingerprint, UsageError if `resume`
         forbids what would happen, BatchgenError if the ledger is damaged.
         """
-        job = read_job(storage)
+        job = job or read_job(storage)
         if job is None:
             if resume == "always":
                 raise UsageError(
@@ -117,7 +119,7 @@ class Ledger:
                 "is deleted for you: go on with it by resume `if_possible`, choose another "
                 "output.uri, or delete the output folder yourself."
             )
-        _check_fingerprint(job, fingerprint, storage)
+        check_fingerprint(job, fingerprint, storage)
         return cls(storage, job, read_commits(storage, job))
 
     @property
@@ -174,6 +176,10 @@ class Ledger:
             self._add_commit(commit)
         return bool(newer)
 
+    def has_grown(self) -> bool:
+        """Whether another process has added files to the job since this one opened it."""
+        return has_grown(self._storage, self._job)
+
     def counts(self) -> RunCounts:
         """How the rows of committed units, and those flushed as partials, ended."""
         return self._counts
@@ -213,7 +219,7 @@ class Ledger:
     def _flush_partial(self, results: Sequence[RowResult], generation: int) -> None:
         self._num_flushes += 1
         path = partial_path(self._run_id, self._num_flushes, generation)
-        data = encode_partial(results, job_id=self._job.job_id, schema=self._schema)
+        data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
         try:
             self._storage.create(path, data)
         except FileExistsError:
@@ -253,7 +259,7 @@ class Ledger:
         num_rows = sum(len(result.rows) for result in results if isinstance(result, OutputRow))
         assert num_rows == sum(part.num_rows for part in parts), f"parts of unit {unit.unit_id}"
         commit = Commit(
-            job_id=self._job.job_id,
+            job_id=self._job.id_of_unit(unit.unit_id),
             run_id=self._run_id,
             unit_id=unit.unit_id,
             parts=tuple(parts),
@@ -283,7 +289,7 @@ class Ledger:
 
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only."""
-        if self.is_complete:
+        if self.is_complete and not self.has_grown():
             stale = list_partials(self._storage)
         else:
             stale = [
@@ -299,7 +305,7 @@ class Ledger:
         """Notes that the dataset is published: from now on its status is "done"."""
         assert self.is_complete
         self.clean()
-        done = {"job_id": self._job.job_id}
+        done = {"job_id": self._job.last_id}
         self._storage.put(self._done_path(), json.dumps(done).encode())
         self._delete_superseded()
 
@@ -326,7 +332,7 @@ class Ledger:
 
     def _done_path(self) -> str:
         generations = {unit_id: commit.generation for unit_id, commit in self._committed.items()}
-        return done_path(self._job.job_id, generations)
+        return done_path(self._job.last_id, generations)
 
     def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
         failures = [result for result in results if isinstance(result, RowFailure)]
@@ -361,7 +367,7 @@ def _begin(storage: Storage, fingerprint: Mapping[str, object], plan: LedgerPlan
     return job
 
 
-def _check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
+def check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
     """Raises JobChangedError if the ledger is of another job."""
     new = json.loads(json.dumps(fingerprint))  # as job.json would hold it: tuples are lists
     if new == job.fingerprint:

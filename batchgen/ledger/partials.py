@@ -46,7 +46,7 @@ class _OutputHead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Head:
-    job_id: str
+    job_id: str  # of the last addition that the run knew, or of job.json
     outputs: tuple[_OutputHead, ...]  # in the order of the record batch
     failures: tuple[RowFailure, ...]
     skips: tuple[RowSkip, ...]
@@ -97,7 +97,7 @@ def decode_partial(data: bytes, job: StoredJob, where: str) -> list[RowResult]:
         raise damaged(where, "its checksum does not match")
     head_end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "big")
     head = parse_json(_HEAD, body[_LENGTH_BYTES:head_end], where)
-    if head.job_id != job.job_id:
+    if head.job_id not in job.ids:
         raise BatchgenError(f"{where} is of another job.")
     try:
         with pa.ipc.open_stream(body[head_end:]) as reader:

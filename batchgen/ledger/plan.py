@@ -1,4 +1,7 @@
-"""job.json: what the job is, and how its input is cut into units. Written once, never changed."""
+"""job.json: what the job is, and how its input is cut into units. Written once, never changed.
+
+Files that come to the input later are in `additions`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +17,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from batchgen.dataset.storage import Storage
 from batchgen.errors import UnsupportedError
-from batchgen.ledger.files import JOB_PATH, damaged, full_name, parse_json
+from batchgen.ledger.files import damaged, parse_json
 from batchgen.records import InputFile, Unit
 
 FORMAT_VERSION = 1
@@ -25,13 +28,26 @@ FORMAT_VERSION = 1
 class LedgerPlan:
     """How the input is cut into units, and the schema of the output.
 
-    The units are in input order, `unit_id` is their position, and those of one file follow each
-    other without a gap, in rows and in bytes. A unit has at least one row.
+    The position of a unit is its `unit_id`, and those of one file follow each other without a gap,
+    in rows and in bytes. A unit has at least one row. Files and units are in input order, but for
+    files that were added later: `file_order` has the positions of all files in input order then.
     """
 
     files: tuple[InputFile, ...]
     units: tuple[Unit, ...]
     schema_base64: str  # of the output, from encode_schema()
+    file_order: tuple[int, ...] | None = None  # None where the files are in input order
+
+    @property
+    def input_order(self) -> Sequence[int]:
+        """The positions of the files, in input order."""
+        return range(len(self.files)) if self.file_order is None else self.file_order
+
+    @property
+    def units_in_order(self) -> tuple[Unit, ...]:
+        """The units in input order."""
+        rank = {index: position for position, index in enumerate(self.input_order)}
+        return tuple(sorted(self.units, key=lambda unit: (rank[unit.file_index], unit.unit_id)))
 
     @property
     def num_rows(self) -> int:
@@ -39,20 +55,45 @@ class LedgerPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoredJob:
-    """What job.json says.
+class Addition:
+    """An addition that has been read."""
 
-    `job_id` is the checksum of the file. Commits and partials carry it, so that those of a runner
-    of some other job, which once had the same folder, are never taken for this job's.
+    id: str  # the checksum of its file
+    first_unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredJob:
+    """What job.json says, and the additions to it.
+
+    `job_id` is the checksum of job.json. Commits and partials carry it, or that of an addition, so
+    that those of a runner of some other job, which once had the same folder, are never taken for
+    this job's.
     """
 
     job_id: str
     fingerprint: Mapping[str, object]
     plan: LedgerPlan
+    additions: tuple[Addition, ...] = ()
+
+    @property
+    def last_id(self) -> str:
+        """Stands for the job with all its additions."""
+        return self.additions[-1].id if self.additions else self.job_id
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Of job.json and of every addition."""
+        return frozenset([self.job_id, *(addition.id for addition in self.additions)])
+
+    def id_of_unit(self, unit_id: int) -> str:
+        """The checksum of the file that planned the unit."""
+        count = bisect_right(self.additions, unit_id, key=lambda addition: addition.first_unit)
+        return self.additions[count - 1].id if count else self.job_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _StoredFile:
+class StoredFile:
     """A file of input with its n units as n + 1 cuts: far smaller than an object for each unit."""
 
     uri: str
@@ -67,7 +108,7 @@ class _JobFile:
     format: Literal["batchgen ledger"]
     version: int
     fingerprint: dict[str, Any]
-    files: tuple[_StoredFile, ...]
+    files: tuple[StoredFile, ...]
     schema_base64: str
 
 
@@ -98,9 +139,7 @@ def decode_schema(schema_base64: str) -> pa.Schema:
 
 def encode_job(fingerprint: Mapping[str, object], plan: LedgerPlan) -> bytes:
     """The bytes of job.json: the same job and the same plan give the same bytes."""
-    files = _to_cuts(plan)
-    assert _to_units(files) == plan.units, "units of a file must follow each other without a gap"
-    assert all(unit.num_rows > 0 for unit in plan.units), "a unit has at least one row"
+    files = to_cuts(plan)
     job_file = _JobFile(
         format="batchgen ledger",
         version=FORMAT_VERSION,
@@ -126,34 +165,30 @@ def decode_job(data: bytes, where: str) -> StoredJob:
         )
     job_file = parse_json(_JOB_FILE, data, where)
     for file in job_file.files:
-        _check_cuts(file, where)
+        check_cuts(file, where)
     try:
         decode_schema(job_file.schema_base64)
     except ValueError as error:
         raise damaged(where, f"schema_base64: {error}") from None
-    plan = LedgerPlan(
-        files=tuple(
-            InputFile(uri=file.uri, size_bytes=file.size_bytes, etag=file.etag)
-            for file in job_file.files
-        ),
-        units=_to_units(job_file.files),
-        schema_base64=job_file.schema_base64,
-    )
+    plan = from_cuts(job_file.files, job_file.schema_base64)
     return StoredJob(
         job_id=hashlib.sha256(data).hexdigest(), fingerprint=job_file.fingerprint, plan=plan
     )
 
 
-def read_job(storage: Storage) -> StoredJob | None:
-    """What job.json of this ledger says; None if there is no ledger."""
-    try:
-        data = storage.read(JOB_PATH)
-    except FileNotFoundError:
-        return None
-    return decode_job(data, full_name(storage, JOB_PATH))
+def from_cuts(files: Sequence[StoredFile], schema_base64: str) -> LedgerPlan:
+    """What to_cuts() was given."""
+    return LedgerPlan(
+        files=tuple(
+            InputFile(uri=file.uri, size_bytes=file.size_bytes, etag=file.etag) for file in files
+        ),
+        units=_to_units(files),
+        schema_base64=schema_base64,
+    )
 
 
-def _to_cuts(plan: LedgerPlan) -> tuple[_StoredFile, ...]:
+def to_cuts(plan: LedgerPlan) -> tuple[StoredFile, ...]:
+    """The files of a plan with the cuts between their units."""
     units_by_file: list[list[Unit]] = [[] for _ in plan.files]
     for unit in plan.units:
         units_by_file[unit.file_index].append(unit)
@@ -164,7 +199,7 @@ def _to_cuts(plan: LedgerPlan) -> tuple[_StoredFile, ...]:
         byte_cuts = [unit.byte_start for unit in units] + [unit.byte_end for unit in units[-1:]]
         bounds = tuple(cut for cut in byte_cuts if cut is not None)
         files.append(
-            _StoredFile(
+            StoredFile(
                 uri=file.uri,
                 size_bytes=file.size_bytes,
                 etag=file.etag,
@@ -172,10 +207,12 @@ def _to_cuts(plan: LedgerPlan) -> tuple[_StoredFile, ...]:
                 byte_cuts=bounds or None,
             )
         )
+    assert _to_units(files) == plan.units, "units of a file must follow each other without a gap"
+    assert all(unit.num_rows > 0 for unit in plan.units), "a unit has at least one row"
     return tuple(files)
 
 
-def _to_units(files: Sequence[_StoredFile]) -> tuple[Unit, ...]:
+def _to_units(files: Sequence[StoredFile]) -> tuple[Unit, ...]:
     units: list[Unit] = []
     for file_index, file in enumerate(files):
         for i, row_start in enumerate(file.row_cuts[:-1]):
@@ -192,7 +229,7 @@ def _to_units(files: Sequence[_StoredFile]) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def _check_cuts(file: _StoredFile, where: str) -> None:
+def check_cuts(file: StoredFile, where: str) -> None:
     """Raises the error of a damaged file if the cuts are not ranges of at least one row each."""
     for cuts in (file.row_cuts, file.byte_cuts or ()):
         rising = all(cuts[i] < cuts[i + 1] for i in range(len(cuts) - 1))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from batchgen.dataset.storage import Storage
+from batchgen.ledger.additions import read_job
 from batchgen.ledger.commits import RunCounts, count_results, read_commits, sum_counts
 from batchgen.ledger.files import done_path
 from batchgen.ledger.partials import merge_partials, read_partials
-from batchgen.ledger.plan import read_job
 from batchgen.ledger.runs import RunRecord, read_runs, runs_status
 
 
@@ -29,9 +29,8 @@ def read_status(storage: Storage) -> dict[str, object]:
     partials = [results for _, results in read_partials(storage, job)]
     counts = [commit.counts for commit in commits.values()]
     counts += [count_results(rows) for rows in merge_partials(partials, commits).values()]
-    done = done_path(
-        job.job_id, {unit_id: commit.generation for unit_id, commit in commits.items()}
-    )
+    generations = {unit_id: commit.generation for unit_id, commit in commits.items()}
+    done = done_path(job.last_id, generations)
     is_done = len(commits) == len(job.plan.units) and storage.exists(done)
     return _status(
         "done" if is_done else "incomplete",

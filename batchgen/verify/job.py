@@ -47,8 +47,9 @@ def verify_job(spec: JobSpec, ledger_storage: Storage) -> Receipt:
     )
     for path, problem in audit.problems.items():
         check.add(path, problem)
-    for unit_id, commit in audit.commits.items():
-        check.check_unit(job.plan.units[unit_id], commit)
+    for unit in job.plan.units_in_order:
+        if unit.unit_id in audit.commits:
+            check.check_unit(unit, audit.commits[unit.unit_id])
     if audit.is_published:
         check.check_dataset()
     files = _counts_by_file(job.plan, check)
@@ -78,10 +79,10 @@ def _counts_by_file(plan: LedgerPlan, check: OutputCheck) -> list[FileCounts]:
         num_rows[unit.file_index] += unit.num_rows
     return [
         FileCounts(
-            uri=redact(file.uri),
+            uri=redact(plan.files[index].uri),
             rows=sum_counts(check.counts_of_file(index), total=num_rows[index]),
         )
-        for index, file in enumerate(plan.files)
+        for index in plan.input_order
     ]
 
 
@@ -126,6 +127,9 @@ def _check_fingerprint(spec: JobSpec, job: StoredJob, schema: pa.Schema) -> Fing
     not_compared = None
     try:
         files: Sequence[InputFile] = resolve_inputs(spec.input.uri, spec.input.storage_options)
+        if spec.input.incremental:  # what was added since then is for the next run
+            known = {file.uri for file in job.plan.files}
+            files = [file for file in files if file.uri in known]
         model = resolve_model(spec.model).identity
     except (UsageError, StorageError) as error:
         not_compared = redact(str(error))

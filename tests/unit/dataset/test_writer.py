@@ -117,7 +117,7 @@ def write_dataset(spec: OutputSpec, schema: pa.Schema, units: Sequence[Sequence[
             storage.put(part.path, data)
             parts.append(part)
     publish(storage, spec, schema, parts, "# a card\n")
-    delete_superseded(storage, parts, dict.fromkeys(range(len(units)), 0))
+    delete_superseded(storage, parts, dict.fromkeys(range(8), 0))
     return storage
 
 
@@ -241,10 +241,13 @@ def test_publishing_again_deletes_what_is_not_committed(output_format: str, tmp_
     content = {path: storage.read(path) for path in storage.list()}
     [(orphan, data)] = build_parts(spec, schema, 0, output_rows(rows[:3], 7))
     storage.put(orphan.path, data)
+    [(later, later_data)] = build_parts(spec, schema, 8, output_rows(rows[:3], 8))
+    storage.put(later.path, later_data)
     storage.put(".batchgen/job.json", b"{}")
     assert open_dataset(spec, tmp_path / "cache1").to_list() == rows
     write_dataset(spec, schema, [rows])
-    storage.delete([".batchgen/job.json"])
+    assert storage.read(later.path) == later_data  # another run's, which has more units
+    storage.delete([".batchgen/job.json", later.path])
     assert {path: storage.read(path) for path in storage.list()} == content
 
 

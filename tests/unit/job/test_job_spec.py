@@ -13,6 +13,7 @@ DEFAULTS = {
         "format": "auto",
         "columns": None,
         "limit": None,
+        "incremental": False,
         "storage_options": {},
         "on_bad_record": "dead_letter",
     },

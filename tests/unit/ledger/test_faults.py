@@ -134,7 +134,7 @@ def test_kill_at_every_operation(moment):
         read_status(storage)
         run(storage, witness)
         check_finished(storage, witness)
-    assert failed_operations == {"read", "list", "create", "put", "delete"}
+    assert failed_operations == {"read", "list", "exists", "create", "put", "delete"}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

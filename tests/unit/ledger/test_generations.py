@@ -15,9 +15,8 @@ from ledger_factories import (
 )
 
 from batchgen.errors import BatchgenError
-from batchgen.ledger import Ledger, RunCounts, read_status
+from batchgen.ledger import Ledger, RunCounts, read_job, read_status
 from batchgen.ledger.audit import audit_commits
-from batchgen.ledger.plan import read_job
 from batchgen.records import OutputRow, RowKey, RowResult
 
 

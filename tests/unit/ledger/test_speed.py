@@ -11,10 +11,9 @@ from ledger_factories import (
     open_ledger,
 )
 
-from batchgen.ledger import Commit, LedgerPlan, encode_schema, read_status
+from batchgen.ledger import Commit, LedgerPlan, encode_schema, read_job, read_status
 from batchgen.ledger.commits import count_results, encode_commit
 from batchgen.ledger.files import commit_path
-from batchgen.ledger.plan import read_job
 from batchgen.records import InputFile, Unit
 
 NUM_UNITS = 10_000
