@@ -18,8 +18,8 @@ from batchgen import __version__
 from batchgen.commands.bench import bench
 from batchgen.commands.check import plan, preview, validate
 from batchgen.commands.job_files import init, schema
-from batchgen.commands.outcome import status, verify
-from batchgen.commands.run import run
+from batchgen.commands.outcome import errors, status, verify
+from batchgen.commands.run import retry, run
 from batchgen.errors import BatchgenError, Interrupted, Preempted, UnsupportedError
 from batchgen.redaction import environment_secrets, mask_values, redact, redact_message
 
@@ -28,8 +28,6 @@ EXIT_UNEXPECTED = 1
 # Commands of the design that are not built yet, and what serves until then.
 _NOT_BUILT: Mapping[str, str] = MappingProxyType(
     {
-        "errors": "dead letters are JSON lines in the folder dead/ of the ledger",
-        "retry": "run the failed rows as a job of their own",
         "doctor": "`batchgen validate JOB` checks a job, `batchgen plan JOB` what it would run",
         "report": "`batchgen status --json JOB` has the counts",
     }
@@ -42,7 +40,19 @@ def cli() -> None:
     """Run a language model over a dataset: Parquet or JSONL in, a dataset out."""
 
 
-for _command in (run, validate, preview, plan, status, verify, schema, init, bench):
+for _command in (
+    run,
+    validate,
+    preview,
+    plan,
+    status,
+    errors,
+    retry,
+    verify,
+    schema,
+    init,
+    bench,
+):
     cli.add_command(_command)
 
 
@@ -59,9 +69,11 @@ for _name, _instead in _NOT_BUILT.items():
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit the process with the code that the contract gives."""
+    process_id = os.getpid()
     code = _run_command(argv)
-    if code == Preempted.exit_code:
-        # All is saved. To take the interpreter apart takes seconds that may not be left.
+    # A worker, forked by `supervise`: what the caller does next is the parent's alone. After a
+    # notice all is saved, and to take the interpreter apart takes seconds that may not be left.
+    if os.getpid() != process_id or code == Preempted.exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

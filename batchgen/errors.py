@@ -1,6 +1,8 @@
 """The error tree, each with the exit code of the command line (DESIGN section 5).
 
     BatchgenError                 1   unexpected failure, resumable
+    ├── EngineError               1   the engine failed over the rows that it was given
+    ├── NoProgressError           1   the watchdog's: every stage waits
     ├── UsageError                2   the command line or its surroundings are wrong
     │   ├── JobFileError          2   the job file is wrong: says file, line, column, key
     │   ├── InputError            2   the input matches nothing, or cannot be read as what it is
@@ -30,6 +32,14 @@ class BatchgenError(Exception):
 
 class StorageError(BatchgenError):
     """The output's store refused a write or a read (read-only, full, gone); resumable."""
+
+
+class EngineError(BatchgenError):
+    """The engine raised something that batchgen did not; its cause is that error."""
+
+
+class NoProgressError(BatchgenError):
+    """Nothing has happened for `errors.watchdog`. The message says what every stage waits for."""
 
 
 class UsageError(BatchgenError):

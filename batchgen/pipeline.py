@@ -16,11 +16,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from batchgen.errors import BatchgenError, ErrorRateExceeded
+from batchgen.errors import BatchgenError, EngineError, ErrorRateExceeded
+from batchgen.monitor.failure_gate import FailureGate
+from batchgen.monitor.watchdog import Watchdog, thread_report
 from batchgen.records import (
     Completion,
     EngineStats,
@@ -41,6 +43,7 @@ _CHANNEL_ROWS = 4096
 _BATCH_ROWS = 256
 _WATCH_INTERVAL_S = 0.2
 _JOIN_TIMEOUT_S = 3.0
+_ABANDON_S = 15.0  # that a run which hangs is given to end and to save, each
 
 T = TypeVar("T")
 Ended = Completion | RowFailure | RowSkip
@@ -102,6 +105,9 @@ class Channel(Generic[T]):
                 self._items.clear()
             self._changed.notify_all()
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def is_drained(self) -> bool:
         """Closed, and nothing is left to take."""
         with self._changed:
@@ -114,50 +120,15 @@ class Channel(Generic[T]):
 class PromptChannel(Channel[Prompt]):
     """The channel that the engine pulls from: a `records.PromptSource`."""
 
+    def __init__(self, capacity: int, on_take: Callable[[Sequence[Prompt]], None]) -> None:
+        """`on_take` is told of prompts before the engine gets them."""
+        super().__init__(capacity)
+        self._on_take = on_take
+
     def take(self, max_prompts: int, *, wait: bool) -> list[Prompt]:
-        return self.get(max_prompts, None if wait else 0.0)
-
-
-class FailureGate:
-    """Decides when rows that fail end the run: `on_error: fail`, or too many in a window.
-
-    Rows are judged in input order as they leave the prompt stage, where every failure of a row
-    happens. Judged by the order in which rows end, the failures, which end at once, would run far
-    ahead of the rows that take the engine's time, and a rate of 1% would look like 100%.
-    """
-
-    def __init__(self, *, fail_on_first: bool, max_error_rate: float, window: int) -> None:
-        self._fail_on_first = fail_on_first
-        self._max_error_rate = max_error_rate
-        self._window: deque[bool] = deque(maxlen=window)
-        self._num_failed = 0
-        self._last_failure: RowFailure | None = None
-
-    def judge(self, failure: RowFailure | None) -> BatchgenError | None:
-        """Count one row that was made ready, skipped (None) or has failed; why to stop, if so."""
-        if failure is not None and self._fail_on_first:
-            return BatchgenError(
-                f"row {failure.address} failed ({failure.kind}: {failure.message}) and "
-                "errors.on_error is fail; mend the row, or set errors.on_error=dead_letter"
-            )
-        self._last_failure = failure or self._last_failure
-        window = self._window
-        if len(window) == window.maxlen:
-            self._num_failed -= window[0]
-        window.append(failure is not None)
-        self._num_failed += failure is not None
-        if len(window) < (window.maxlen or 0):
-            return None
-        if self._num_failed <= self._max_error_rate * len(window):
-            return None
-        last = self._last_failure
-        assert last is not None
-        return ErrorRateExceeded(
-            f"{self._num_failed} of the last {len(window)} rows failed, more than "
-            f"errors.max_error_rate={self._max_error_rate:g} allows; the last: {last.address}: "
-            f"{last.kind}: {last.message}. Finished rows are saved: run again with a higher "
-            "limit, or mend the input and write to a new output"
-        )
+        prompts = self.get(max_prompts, None if wait else 0.0)
+        self._on_take(prompts)
+        return prompts
 
 
 class Saver(Protocol):
@@ -200,8 +171,11 @@ class Stages:
     engine: Engine
     saver: Saver
     gate: FailureGate
+    given: Callable[[Sequence[Prompt]], None]  # told of what the engine gets, before it does
     charge: Callable[[Sequence[Completion]], BatchgenError | None]  # why to stop after these rows
     watch: Callable[[], BatchgenError | None]  # called often: shows progress, says why to stop
+    watchdog: Watchdog
+    abandon: Callable[[BaseException], None]  # ends the process of a run that hangs
 
 
 class Pipeline:
@@ -212,27 +186,37 @@ class Pipeline:
         self._flush_interval_s = flush_interval_s
         self._board = UnitBoard(max_rows)
         self._rows: Channel[InputRow | RowFailure | RowSkip] = Channel(_CHANNEL_ROWS)
-        self._prompts = PromptChannel(max_rows)  # the engine plans over all that it is given
+        # The engine plans over all that it is given.
+        self._prompts = PromptChannel(max_rows, stages.given)
         self._ended: Channel[Ended] = Channel(_CHANNEL_ROWS)
         self._unfinished: list[UnfinishedRow] = []
         self._reason: BaseException | None = None
         self._reason_lock = threading.Lock()
         self._save_error: BaseException | None = None
         self._is_over = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+        self._num_moved = [0, 0, 0, 0]  # rows read, prompted, generated, saved: by one thread each
 
-    def run(self, units: Iterable[Unit], recovered: Mapping[int, Sequence[RowResult]]) -> None:
+    def run(
+        self,
+        units: Iterable[Unit],
+        recovered: Mapping[int, Sequence[RowResult]],
+        only: Mapping[int, Container[int]] | None = None,
+    ) -> None:
         """Run every unit to its commit.
 
-        `recovered` holds results of earlier runs by unit id; only the other rows are read.
+        `recovered` holds results of earlier runs by unit id; only the other rows are read. With
+        `only`, the indices of rows by unit, no others are, and units may stay uncommitted.
         Raises the first reason that stopped the run, after saving what had finished. Where that
         could not be saved, raises the error of saving, whose cause is the first reason.
         """
         watcher = self._start("watch", self._watch)
         feeders = [
-            self._start("read", lambda: self._read(units, recovered)),
+            self._start("read", lambda: self._read(units, recovered, only)),
             self._start("prompt", self._prompt),
         ]
         saver = self._start("save", self._save)
+        self._threads["engine"] = threading.current_thread()
         self._guard(self._generate)
         if not self._prompts.is_drained():
             self.stop(BatchgenError("the engine returned while prompts were left"))
@@ -247,7 +231,7 @@ class Pipeline:
             raise self._save_error from self._reason
         if self._reason is not None:
             raise self._reason
-        if self._board.num_open():
+        if only is None and self._board.num_open():
             raise BatchgenError(
                 f"the engine returned with {self._board.num_open()} units unfinished"
             )
@@ -266,6 +250,7 @@ class Pipeline:
         thread = threading.Thread(
             target=self._guard, args=(work,), name=f"batchgen-{name}", daemon=True
         )
+        self._threads[name] = thread
         thread.start()
         return thread
 
@@ -275,15 +260,24 @@ class Pipeline:
         except BaseException as error:  # raised again by run() on the calling thread
             self.stop(error)
 
-    def _read(self, units: Iterable[Unit], recovered: Mapping[int, Sequence[RowResult]]) -> None:
+    def _read(
+        self,
+        units: Iterable[Unit],
+        recovered: Mapping[int, Sequence[RowResult]],
+        only: Mapping[int, Container[int]] | None,
+    ) -> None:
         for unit in units:
             done = recovered.get(unit.unit_id, ())
             if not self._board.admit(unit, done):
                 return
             wanted = set(range(unit.num_rows)) - {r.key.index for r in done} if done else None
+            if only is not None:
+                left = range(unit.num_rows) if wanted is None else wanted
+                wanted = {index for index in left if index in only[unit.unit_id]}
             batch: list[InputRow | RowFailure | RowSkip] = []
             for row in self._stages.read_unit(unit, wanted):
                 batch.append(row)
+                self._num_moved[0] += 1
                 if len(batch) == _BATCH_ROWS:
                     if not self._rows.put(batch):
                         return
@@ -297,6 +291,7 @@ class Pipeline:
             rows = [row for row in batch if isinstance(row, InputRow)]
             made = iter(self._stages.make_prompts(rows))
             outcomes = [next(made) if isinstance(row, InputRow) else row for row in batch]
+            self._num_moved[1] += len(batch)
             reason = self._judge(outcomes)
             if reason is None or isinstance(reason, ErrorRateExceeded):
                 self._ended.put([x for x in outcomes if not isinstance(x, Prompt)])
@@ -321,7 +316,8 @@ class Pipeline:
         return InputRow(key=row.key, address=row.address, values=values)
 
     def _generate(self) -> None:
-        for completions in self._stages.engine.run(self._prompts):
+        for completions in self._completions():
+            self._num_moved[2] += len(completions)
             if not self._ended.put(completions):
                 return
             reason = self._stages.charge(completions)
@@ -329,6 +325,18 @@ class Pipeline:
                 self.stop(reason)
         if self._reason is not None:
             self._unfinished = self._stages.engine.unfinished()
+
+    def _completions(self) -> Iterator[list[Completion]]:
+        """What the engine completes. Raises EngineError for what it raises, unless it meant to."""
+        try:
+            yield from self._stages.engine.run(self._prompts)
+        except BatchgenError:
+            raise
+        except Exception as error:
+            raise EngineError(
+                f"the engine failed: {type(error).__name__}: {error}. Finished rows are saved: "
+                "run the same command again to go on"
+            ) from error
 
     def _save(self) -> None:
         try:
@@ -358,6 +366,7 @@ class Pipeline:
             for finished in self._board.settle(results):
                 saver.commit(finished)
                 self._board.close(finished.unit)
+            self._num_moved[3] += len(results)
             if time.monotonic() >= next_flush:
                 saver.flush()
                 next_flush = time.monotonic() + self._flush_interval_s
@@ -370,3 +379,28 @@ class Pipeline:
             reason = self._stages.watch()
             if reason is not None:
                 self.stop(reason)
+            progress = (*self._num_moved, self._stages.engine.stats())
+            hang = self._stages.watchdog.check(progress, self._describe)
+            if hang is not None:
+                self.stop(hang)
+                self._abandon(hang)
+
+    def _describe(self) -> str:
+        """What every stage is doing, and what lies between them."""
+        stats = self._stages.engine.stats()
+        return (
+            f"{thread_report(self._threads)}\n"
+            f"  between them: {len(self._rows)} rows read, {len(self._prompts)} prompts, "
+            f"{len(self._ended)} ended rows to save, {self._board.num_open()} units in flight\n"
+            f"  in the engine: {stats.num_running} sequences run, {stats.num_waiting} prompts "
+            f"wait, {stats.num_swapped} are swapped out; {stats.num_finished} are completed, in "
+            f"{stats.prefill_steps} prefill and {stats.decode_steps} decode steps"
+        )
+
+    def _abandon(self, reason: BaseException) -> None:
+        """Save what has finished, if the saver can, and end the process if a stage still hangs."""
+        if self._is_over.wait(_ABANDON_S):
+            return
+        self._ended.close()
+        self._threads["save"].join(_ABANDON_S)
+        self._stages.abandon(reason)

@@ -21,7 +21,12 @@ from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal[
-    "bad_record", "template_error", "prompt_too_long", "empty_prompt", "engine_error"
+    "bad_record",  # cannot be read, or a kept value does not fit its column
+    "template_error",
+    "too_long",
+    "empty_prompt",
+    "engine_error",  # ended the engine's process
+    "invalid_structure",  # cut off before it was what `structured` asks for
 ]
 
 
@@ -155,7 +160,7 @@ class RowFailure:
     address: str
     kind: FailureKind
     message: str
-    excerpt: str = ""  # the start of the rendered prompt or of the raw record, at most 200 chars
+    excerpt: str = ""  # the start of the prompt, or of the record, if there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

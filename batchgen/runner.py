@@ -5,32 +5,43 @@ What comes before the model's weights is `startup`. A job that is done loads no 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pyarrow as pa
 
 from batchgen import __version__
 from batchgen.dataset.card import CardFacts, dataset_card
-from batchgen.dataset.reader import UnitReader
+from batchgen.dataset.reader import UnitReader, read_unit
 from batchgen.dataset.storage import redact
-from batchgen.dataset.writer import check_values, publish
+from batchgen.dataset.writer import check_values, delete_superseded, publish
 from batchgen.engine.from_job import engine_options, sampling_options
-from batchgen.errors import BatchgenError, BudgetReached, Interrupted, Preempted
+from batchgen.errors import (
+    BatchgenError,
+    BudgetReached,
+    EngineError,
+    Interrupted,
+    Preempted,
+)
 from batchgen.job.spec import JobSpec
-from batchgen.ledger import Ledger, RunCounts, count_kinds
+from batchgen.ledger import Commit, Ledger, RunCounts, judged_rows, read_failures
 from batchgen.monitor.budget import Budget, budget_text
+from batchgen.monitor.failure_gate import FailureGate
 from batchgen.monitor.preemption import StopNotice, stop_error, watch_for
 from batchgen.monitor.progress import Progress
 from batchgen.monitor.summary import RunSummary, summary_text
-from batchgen.pipeline import PLANNING_WINDOW_ROWS, Engine, FailureGate, Pipeline, Stages
+from batchgen.monitor.watchdog import Watchdog
+from batchgen.pipeline import PLANNING_WINDOW_ROWS, Engine, Pipeline, Stages
 from batchgen.prompts.builder import PromptBuilder
+from batchgen.prompts.row_error import RowError
 from batchgen.records import (
+    Completion,
     EngineStats,
+    FailureKind,
     InputRow,
     Part,
     Prompt,
@@ -39,17 +50,28 @@ from batchgen.records import (
     RowResult,
     UnfinishedRow,
 )
+from batchgen.retry import RetriedUnits, Retry, refuse_unbegun, reopen_failed
 from batchgen.startup import OpenJob, TextModel, load_text_model, open_job, probe
+from batchgen.supervision import Worker
 from batchgen.units import FinishedUnit, UnitSaver, units_to_do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """How a run ended that has published its dataset."""
+    """How a run ended."""
 
     uri: str
     counts: RunCounts
-    summary: str  # for people
+    summary: str  # for people; empty if the dataset was not published
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """Where a run begins: the results of earlier runs by unit, of units that are not committed."""
+
+    flushed: Mapping[int, Sequence[RowResult]]
+    recovered: Mapping[int, Sequence[RowResult]]  # these, and in a retry the rows that stay
+    gate: FailureGate
 
 
 EngineFactory = Callable[[JobSpec, TextModel], Engine]
@@ -61,39 +83,78 @@ def run_job(
     make_engine: EngineFactory | None = None,
     max_rows: int = PLANNING_WINDOW_ROWS,
     started_s: float | None = None,
+    retry: Retry | None = None,
+    worker: Worker | None = None,
 ) -> RunReport:
     """Run a job to its published dataset, from wherever earlier runs have brought it.
 
     `make_engine` stands in for the engine in tests; `max_rows` bounds the rows in memory.
-    `started_s` is when the command began, by time.monotonic(); now unless given.
-    Raises BatchgenError: what stopped the run.
+    `started_s` is when the command began, by time.monotonic(); now unless given. With `retry`,
+    failed rows of a finished job are run again. `worker` says what to do of all this, where the
+    process has a supervisor. Raises BatchgenError: what stopped the run.
     """
     started_s = time.monotonic() if started_s is None else started_s
-    job = open_job(spec)
-    if job.ledger.is_published():
-        return _report(job, earlier_rows=job.ledger.counts().ended)
-    run = partial(_run_to_publication, make_engine or load_engine, max_rows, started_s)
-    while (report := run(job)) is None:
+    if retry is not None:
+        refuse_unbegun(spec)
+    has_grown = False
+    while True:
         job = open_job(spec)
-    return report
+        commits = None if retry is None else reopen_failed(job, retry)
+        # Not if this process has just published, perhaps over what another one has.
+        if not has_grown and job.ledger.is_published():
+            return _report(job, earlier_rows=job.ledger.counts().ended)
+        if worker is not None and worker.assignment.culprits:
+            job = _set_aside(job, worker.assignment.culprits)
+        earlier, begun = _begin(job, retry, commits)
+        budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
+        stats = _generate(job, begun, budget, make_engine or load_engine, max_rows, worker)
+        if worker is not None and worker.assignment.only is not None:
+            return RunReport(uri=spec.output.uri, counts=job.ledger.counts(), summary="")
+        job.ledger.load_new_commits()
+        wall_s = time.monotonic() - started_s
+        has_grown = not _publish(job, wall_s)
+        if not has_grown:
+            return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
 
 
-def _run_to_publication(
-    make_engine: EngineFactory, max_rows: int, started_s: float, job: OpenJob
-) -> RunReport | None:
-    """Bring the job, as its ledger was opened, to a published dataset.
+def _begin(
+    job: OpenJob, retry: Retry | None, commits: Mapping[int, Commit] | None
+) -> tuple[RunCounts, _Begun]:
+    """The counts of what earlier runs have ended, and what of it a run begins with.
 
-    None where another run has added files to the job meanwhile. What is published then may lie
+    `commits` are those that a retry supersedes.
+    """
+    flushed = job.ledger.load_partials()
+    earlier = job.ledger.counts()
+    if retry is None or commits is None:
+        return earlier, _Begun(flushed=flushed, recovered=flushed, gate=_gate(job, flushed))
+    retried = RetriedUnits(job, retry, commits, flushed)
+    return earlier, _Begun(flushed=flushed, recovered=retried, gate=_gate(job, None))
+
+
+def _publish(job: OpenJob, wall_s: float) -> bool:
+    """Make the commits the dataset, those of other processes' retries as well.
+
+    False where another run has added files to the job meanwhile. What is published then may lie
     over what the other has published: the job is to be opened again and brought to its end.
     """
-    spec = job.spec
-    recovered = job.ledger.load_partials()
-    earlier = job.ledger.counts()
-    budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
-    stats = _generate(job, recovered, budget, make_engine, max_rows)
-    job.ledger.load_new_commits()
-    counts = job.ledger.counts()
-    parts = _committed_parts(job.ledger)
+    spec, ledger = job.spec, job.ledger
+    while not ledger.has_grown():
+        counts = ledger.counts()
+        parts = _committed_parts(ledger)
+        _check_counts(spec, counts, parts)
+        card = dataset_card(_card_facts(job, counts, wall_s))
+        publish(job.output, spec.output, job.schema, parts, card)
+        if ledger.adopt_retries():
+            continue
+        generations = {unit_id: commit.generation for unit_id, commit in ledger.committed.items()}
+        delete_superseded(job.output, parts, generations)
+        ledger.finish()
+        return not ledger.has_grown()
+    return False
+
+
+def _check_counts(spec: JobSpec, counts: RunCounts, parts: Sequence[Part]) -> None:
     num_written = sum(part.num_rows for part in parts)
     if counts.ended != counts.total or num_written != counts.ok * spec.output_rows_per_row:
         raise BatchgenError(
@@ -101,16 +162,6 @@ def _run_to_publication(
             f"{counts.skipped} skipped rows of {counts.total}, and {num_written} rows of output; "
             "nothing was published"
         )
-    wall_s = time.monotonic() - started_s
-    if job.ledger.has_grown():
-        return None
-    card = dataset_card(_card_facts(job, counts, wall_s))
-    num_units = len(job.ledger.plan.units)
-    publish(job.output, spec.output, job.schema, parts, card, num_units=num_units)
-    job.ledger.finish()
-    if job.ledger.has_grown():
-        return None
-    return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
 
 
 def load_engine(spec: JobSpec, model: TextModel) -> Engine:
@@ -134,15 +185,14 @@ def load_engine(spec: JobSpec, model: TextModel) -> Engine:
 
 def _generate(
     job: OpenJob,
-    recovered: dict[int, list[RowResult]],
+    begun: _Begun,
     budget: Budget,
     make_engine: EngineFactory,
     max_rows: int,
+    worker: Worker | None,
 ) -> EngineStats | None:
-    """Bring every unit to its commit; None if that took no engine.
-
-    `recovered` are the results that earlier runs have left, by unit.
-    """
+    """Bring every unit to its commit, or run the rows that the worker was given; None if that
+    took no engine."""
     spec, ledger = job.spec, job.ledger
     reached = budget.reached()
     if reached is not None and ledger.counts().ended < ledger.counts().total:
@@ -162,13 +212,18 @@ def _generate(
     )
     units = [unit for unit in ledger.plan.units if unit.unit_id not in ledger.committed]
     for unit in units:
-        results = recovered.get(unit.unit_id, ())
+        results = begun.recovered[unit.unit_id] if unit.unit_id in begun.flushed else ()
         if len(results) == unit.num_rows:  # killed between its last row and its commit
             saver.commit(FinishedUnit(unit=unit, results=results, wall_s=0.0))
-    units = [unit for unit in units if unit.unit_id not in ledger.committed]
+    only = None if worker is None else _indices_by_unit(worker.assignment.only)
+    units = [
+        unit
+        for unit in units
+        if unit.unit_id not in ledger.committed and (only is None or unit.unit_id in only)
+    ]
     if not units:
         return None
-    unfinished = ledger.load_unfinished(recovered)
+    unfinished = ledger.load_unfinished(begun.flushed)
 
     def say_late(notice: StopNotice) -> None:
         sys.stderr.write(f"error: {stop_error(notice, saver.saved())}; no time for more\n")
@@ -187,6 +242,11 @@ def _generate(
                 return stop_error(stops.notice, saver.saved())
             return budget.reached()
 
+        def charge(completions: Sequence[Completion]) -> BatchgenError | None:
+            if worker is not None:
+                worker.ended(completions)
+            return budget.charge(completions)
+
         with UnitReader(spec.input, ledger.plan.files) as reader:
             stages = Stages(
                 read_unit=lambda unit, wanted: reader.read(unit, wanted=wanted),
@@ -196,18 +256,22 @@ def _generate(
                 kept_columns=kept.names,
                 engine=engine,
                 saver=saver,
-                gate=FailureGate(
-                    fail_on_first=spec.errors.on_error == "fail",
-                    max_error_rate=spec.errors.max_error_rate,
-                    window=spec.errors.window,
-                ),
-                charge=budget.charge,
+                gate=begun.gate,
+                given=(lambda _: None) if worker is None else worker.given,
+                charge=charge,
                 watch=watch,
+                watchdog=Watchdog(spec.errors.watchdog),
+                abandon=_abandon,
             )
             flush_interval_s = spec.checkpoint.flush_interval
             pipeline = Pipeline(stages, max_rows=max_rows, flush_interval_s=flush_interval_s)
             try:
-                pipeline.run(units_to_do(ledger, units), recovered)
+                to_do = units_to_do(ledger, units) if only is None else iter(units)
+                pipeline.run(to_do, begun.recovered, only)
+            except EngineError as error:
+                if worker is not None:
+                    worker.failed(f"{type(error.__cause__).__name__}: {error.__cause__}")
+                raise
             except BudgetReached:
                 if not ledger.is_complete:  # else it was reached by the very last rows
                     raise
@@ -228,6 +292,59 @@ def _resume(
     return replace(made, resumed=row.samples) if row and isinstance(made, Prompt) else made
 
 
+def _gate(job: OpenJob, flushed: Mapping[int, Sequence[RowResult]] | None) -> FailureGate:
+    """`flushed` is None in a retry: rows that have failed before may fail again."""
+    errors = job.spec.errors
+    is_retry = flushed is None
+    return FailureGate(
+        fail_on_first=errors.on_error == "fail",
+        max_error_rate=1.0 if is_retry else errors.max_error_rate,
+        window=errors.window,
+        earlier=() if flushed is None else judged_rows(job.ledger, flushed, errors.window),
+    )
+
+
+def _indices_by_unit(keys: Sequence[RowKey] | None) -> dict[int, set[int]] | None:
+    if keys is None:
+        return None
+    indices: dict[int, set[int]] = {}
+    for key in keys:
+        indices.setdefault(key.unit_id, set()).add(key.index)
+    return indices
+
+
+def _set_aside(job: OpenJob, culprits: Mapping[RowKey, str]) -> OpenJob:
+    """Note rows as dead letters that have ended the engine; the job with its templates loaded.
+
+    `culprits` are these rows, and how they did it.
+    """
+    spec, plan = job.spec, job.ledger.plan
+    model = job.text_model or load_text_model(spec, job.model_files)
+    failures = []
+    for key, why in culprits.items():
+        if key.unit_id in job.ledger.committed:  # by another runner
+            continue
+        message = f"{why}, with this row alone"
+        for row in read_unit(spec.input, plan.files, plan.units[key.unit_id], wanted={key.index}):
+            assert isinstance(row, InputRow), "it had become a prompt"
+            failures.append(_failure("engine_error", message, row, model.builder))
+    job.ledger.flush_partial(failures)
+    return replace(job, text_model=model)
+
+
+def _failure(kind: FailureKind, message: str, row: InputRow, builder: PromptBuilder) -> RowFailure:
+    """The failure of a row that may have a prompt."""
+    shown = builder.show(row)
+    return RowError(kind, message, shown if isinstance(shown, str) else "").failure(row)
+
+
+def _abandon(reason: BaseException) -> None:
+    """End a process in which a thread hangs that cannot be ended."""
+    sys.stderr.write(f"error: {reason}\n")
+    sys.stderr.flush()
+    os._exit(BatchgenError.exit_code)
+
+
 def _report(
     job: OpenJob,
     *,
@@ -238,8 +355,8 @@ def _report(
     counts = job.ledger.counts()
     kinds: Counter[str] = Counter()
     for commit in job.ledger.committed.values():
-        if commit.dead_letters is not None:
-            kinds += count_kinds(job.ledger_storage, commit.dead_letters)
+        failures = read_failures(job.ledger_storage, commit.dead_letters)
+        kinds.update(failure.kind for failure in failures)
     summary = RunSummary(
         uri=redact(job.spec.output.uri),
         total_rows=counts.total,
@@ -264,9 +381,7 @@ def _make_prompts(
     fitting = [row for row, misfit in zip(rows, misfits, strict=True) if misfit is None]
     built = iter(builder.build(fitting))
     return [
-        next(built)
-        if misfit is None
-        else RowFailure(key=row.key, address=row.address, kind="bad_record", message=misfit)
+        next(built) if misfit is None else _failure("bad_record", misfit, row, builder)
         for row, misfit in zip(rows, misfits, strict=True)
     ]
 

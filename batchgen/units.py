@@ -224,7 +224,10 @@ class UnitSaver:
         """Write a unit's parts and then its commit, without which they do not exist."""
         unit = finished.unit
         rows = [result for result in finished.results if isinstance(result, OutputRow)]
-        built = build_parts(self._spec.output, self._schema, unit.unit_id, rows)
+        generation = self._ledger.generation(unit.unit_id)
+        built = build_parts(
+            self._spec.output, self._schema, unit.unit_id, rows, generation=generation
+        )
         for part, data in built:
             self._storage.put(part.path, data)
         parts = [part for part, _ in built]

@@ -1,15 +1,18 @@
-"""What a job has come to: `status`, `verify`."""
+"""What a job has come to: `status`, `errors`, `verify`."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from batchgen.commands.options import job_options, load_spec
-from batchgen.errors import StorageError
+from batchgen.errors import StorageError, UsageError
+from batchgen.records import FailureKind, RowFailure
 
 
 @click.command()
@@ -43,6 +46,68 @@ def status(
     )
     if (totals := state["runs"]["engine"]) is not None:
         click.echo(kv_text(EngineStats(**totals)))
+
+
+@click.command()
+@job_options
+@click.option(
+    "--type", "kind", type=click.Choice(get_args(FailureKind)), help="Only rows of this type."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option(
+    "-n", "num_shown", type=click.IntRange(min=0), default=20, show_default=True, help="Rows shown."
+)
+def errors(
+    job: Path,
+    overrides: tuple[str, ...],
+    params: tuple[str, ...],
+    limit: int | None,
+    kind: FailureKind | None,
+    as_json: bool,
+    num_shown: int,
+) -> None:
+    """Print which rows failed and why, from the job's ledger alone."""
+    spec = load_spec(job, overrides, params, limit)
+    from batchgen.dataset.storage import redact
+    from batchgen.ledger import read_job, read_job_failures
+    from batchgen.startup import open_ledger_storage
+
+    ledger = open_ledger_storage(spec)
+    stored = read_job(ledger)
+    if stored is None:
+        raise UsageError(f"{redact(ledger.uri)} holds no ledger; run the job first")
+    counts: Counter[str] = Counter()
+    shown: list[RowFailure] = []
+    for failure in read_job_failures(ledger, stored):
+        if kind is None or failure.kind == kind:
+            counts[failure.kind] += 1
+            if len(shown) < num_shown:
+                shown.append(failure)
+    if as_json:
+        click.echo(_errors_json(counts, shown))
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    click.echo(f"{spec.name}: {counts.total()} failed rows" + (f": {kinds}" if kinds else ""))
+    for failure in shown:
+        click.echo(f"{failure.address}: {failure.kind}: {failure.message}")
+        if failure.excerpt:
+            click.echo(f"    {failure.excerpt!r}")
+    if counts.total() > len(shown):
+        click.echo(f"... and {counts.total() - len(shown)} more (-n {counts.total()} shows all)")
+
+
+def _errors_json(counts: Counter[str], shown: list[RowFailure]) -> str:
+    rows = [
+        {
+            "row_address": failure.address,
+            **asdict(failure.key),
+            "type": failure.kind,
+            "message": failure.message,
+            "excerpt": failure.excerpt,
+        }
+        for failure in shown
+    ]
+    return json.dumps({"failed": counts.total(), "types": counts, "rows": rows})
 
 
 @click.command()

@@ -29,6 +29,7 @@ __all__ = [
     "build_parts",
     "check_values",
     "dataset_json",
+    "delete_superseded",
     "front_matter",
     "output_schema",
     "publish",
@@ -37,8 +38,8 @@ __all__ = [
 Values = Mapping[str, object]  # of one row of output, by column
 
 _DATA = "data"
-_UNIT_OF_PART = re.compile(rf"{_DATA}/part-([0-9]{{8,18}})-")
-_PART = re.compile(_DATA + r"/part-[\w-]+\.[a-z.]+")
+_EMPTY = f"{_DATA}/part-empty-"
+_PART = re.compile(rf"{_DATA}/part-(\d{{8,18}})-\d+(?:-r(\d{{1,9}}))?-[\w-]+\.[a-z.]+")
 _BATCH_ROWS = 1000  # rows of one Arrow record batch, as `datasets` writes them
 _JSON_EXTENSIONS = {None: "jsonl", "gzip": "jsonl.gz", "zstd": "jsonl.zst"}
 _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"} | {
@@ -47,17 +48,24 @@ _DATASETS_NAMES = {"halffloat": "float16", "float": "float32", "double": "float6
 
 
 def build_parts(
-    spec: OutputSpec, schema: pa.Schema, unit_id: int, rows: Sequence[OutputRow]
+    spec: OutputSpec,
+    schema: pa.Schema,
+    unit_id: int,
+    rows: Sequence[OutputRow],
+    *,
+    generation: int = 0,
 ) -> list[tuple[Part, bytes]]:
     """The files of a unit's rows of output, in order, each of at most `max_shard_rows` rows.
 
-    A part's name holds its content's hash, and the same rows give the same bytes. No rows, no
-    parts. The values must fit the schema (`check_values`).
+    A part's name holds its content's hash and, after a retry of failed rows, its generation. The
+    same rows give the same bytes. No rows, no parts. The values must fit the schema
+    (`check_values`).
     """
     step = spec.max_shard_rows
+    retry = f"-r{generation}" if generation else ""
     values = [each for row in rows for each in row.rows]
     return [
-        _build_part(spec, schema, f"{unit_id:08d}-{i:03d}", values[start : start + step])
+        _build_part(spec, schema, f"{unit_id:08d}-{i:03d}{retry}", values[start : start + step])
         for i, start in enumerate(range(0, len(values), step))
     ]
 
@@ -68,11 +76,8 @@ def publish(
     schema: pa.Schema,
     parts: Sequence[Part],
     card: str,
-    *,
-    num_units: int,
 ) -> None:
-    """Make the committed `parts`, in this order, a dataset, and delete all other parts but those of
-    units from `num_units` on, which are another run's.
+    """Make the committed `parts`, in this order, a dataset.
 
     Arrow opens with `datasets.load_from_disk`, the others with `datasets.load_dataset`, which
     refuses a dataset without rows. `card` is the text of README.md. May be repeated.
@@ -85,12 +90,24 @@ def publish(
         storage.put(path, _json_file(value))
     front = yaml.safe_dump(front_matter(spec, schema, parts), sort_keys=False, allow_unicode=True)
     storage.put("README.md", f"---\n{front}---\n\n{card}".encode())
+
+
+def delete_superseded(
+    storage: Storage, parts: Sequence[Part], generations: Mapping[int, int]
+) -> None:
+    """Delete data files that the dataset of these parts does not need.
+
+    `generations` has the units' by their id. Parts of later generations or of other units stay:
+    they are another process', which is about to commit them.
+    """
     named = {part.path for part in parts}
-    storage.delete(
+    stale = [
         path
         for path in storage.list(_DATA)
-        if path not in named and _PART.fullmatch(path) and not _is_of_later_unit(path, num_units)
-    )
+        if path not in named and _is_superseded(path, generations)
+    ]
+    # A dataset without rows has a part that no commit names.
+    storage.delete(path for path in stale if parts or not path.startswith(_EMPTY))
 
 
 def dataset_json(spec: OutputSpec, parts: Sequence[Part]) -> dict[str, object]:
@@ -124,9 +141,11 @@ def _build_part(
     return Part(path=path, num_rows=len(rows), size_bytes=len(data), sha256=sha256), data
 
 
-def _is_of_later_unit(path: str, num_units: int) -> bool:
-    unit = _UNIT_OF_PART.match(path)
-    return unit is not None and int(unit[1]) >= num_units
+def _is_superseded(path: str, generations: Mapping[int, int]) -> bool:
+    match = _PART.fullmatch(path)
+    if match is None:
+        return path.startswith(_EMPTY)
+    return int(match[2] or 0) <= generations.get(int(match[1]), -1)
 
 
 def _table(schema: pa.Schema, rows: Sequence[Values]) -> pa.Table:

@@ -133,6 +133,10 @@ class ErrorsSpec(Section):
         default=0.05, ge=0, le=1, description="End the run when more of the last rows failed."
     )
     window: PositiveInt = Field(default=500, description="How many last rows that rate is over.")
+    watchdog: Seconds | None = Field(
+        default=900.0,
+        description="End a run in which nothing has happened for so long: 15m; null never does.",
+    )
 
 
 class PreemptionEndpoints(Section):

@@ -99,6 +99,7 @@ errors:
   on_error: dead_letter           # dead_letter | fail
   max_error_rate: 0.05            # end the run when more of the last rows failed
   window: 500                     # how many last rows that is over
+  watchdog: 15m                   # end a run in which nothing has happened for so long; null: never
 
 preemption:
   watch: auto                     # a list of sigterm, sigusr1, aws, gcp, azure; auto: the signals

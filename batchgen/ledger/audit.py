@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
-from batchgen.ledger.commits import Commit, DeadLetters, decode_commit, list_commits_of
+from batchgen.ledger.commits import (
+    Commit,
+    DeadLetters,
+    decode_commit,
+    newest_commits,
+    newest_generations,
+)
 from batchgen.ledger.files import (
     commit_path,
     done_path,
     full_name,
+    is_dead_letters,
     read_many,
 )
 from batchgen.ledger.plan import StoredJob
-
-_DEAD_LETTERS = re.compile(r"dead/\d{8,}-[0-9a-f]+\.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +41,22 @@ class CommitAudit:
 def audit_commits(storage: Storage, job: StoredJob) -> CommitAudit:
     """All commits of the ledger. Once the dataset is published, a missing one is a problem."""
     # Asked before the commits are listed: a runner may be at work, and publishes after the last.
-    is_published = storage.exists(done_path(job.last_id))
+    generations = newest_generations(storage, job)
+    is_published = storage.exists(done_path(job.last_id, generations))
     commits: dict[int, Commit] = {}
     problems: dict[str, str] = {}
-    for path, data in read_many(storage, list_commits_of(storage, job)):
+    for path, data in read_many(storage, newest_commits(storage, job)):
         try:
             commit = decode_commit(data, job, path, full_name(storage, path))
         except BatchgenError as error:
             problems[path] = str(error)
         else:
             commits[commit.unit_id] = commit
+    if any(commit.generation > generations.get(unit_id, 0) for unit_id, commit in commits.items()):
+        is_published = False  # a retry is at work
     if is_published:
         for unit in job.plan.units:
-            path = commit_path(unit.unit_id)
+            path = commit_path(unit.unit_id, generations.get(unit.unit_id, 0))
             if unit.unit_id not in commits and path not in problems:
                 problems[path] = "is missing, but the dataset was published"
     return CommitAudit(
@@ -62,7 +69,7 @@ def read_dead_letters(storage: Storage, letters: DeadLetters) -> list[str]:
 
     Raises ValueError when the file is not the one that was committed.
     """
-    if not _DEAD_LETTERS.fullmatch(letters.path):
+    if not is_dead_letters(letters.path):
         raise ValueError("is no path of dead letters")
     try:
         data = storage.read(letters.path)

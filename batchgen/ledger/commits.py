@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from batchgen.ledger.files import (
     dead_letters_path,
     decoded,
     full_name,
-    list_commits,
+    list_generations,
     parse_json,
     read_many,
 )
@@ -58,7 +57,11 @@ class DeadLetters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """A finished unit. Parts that no commit names do not exist."""
+    """A finished unit. Parts that no commit names do not exist.
+
+    A retry of failed rows writes the whole unit again: new parts, and a commit of the next
+    generation, which supersedes the others. Like the first one, it is created exclusively.
+    """
 
     job_id: str  # of the file that planned the unit: job.json, or an addition
     run_id: str  # the process that committed it
@@ -67,6 +70,8 @@ class Commit:
     dead_letters: DeadLetters | None  # None if no row failed
     counts: RunCounts
     wall_s: float  # from the unit's first row read to its commit
+    generation: int = 0  # how many retries came before
+    retry_id: str = ""  # of the retry that committed it
 
 
 _COMMIT = TypeAdapter(Commit)
@@ -97,7 +102,21 @@ def sum_counts(counts: Sequence[RunCounts], *, total: int) -> RunCounts:
     )
 
 
-def encode_dead_letters(unit_id: int, failures: Sequence[RowFailure]) -> tuple[DeadLetters, bytes]:
+def subtract_counts(counts: RunCounts, taken: RunCounts) -> RunCounts:
+    """The counts of the rows that are left; `total` as it was."""
+    return RunCounts(
+        total=counts.total,
+        ok=counts.ok - taken.ok,
+        failed=counts.failed - taken.failed,
+        skipped=counts.skipped - taken.skipped,
+        prompt_tokens=counts.prompt_tokens - taken.prompt_tokens,
+        output_tokens=counts.output_tokens - taken.output_tokens,
+    )
+
+
+def encode_dead_letters(
+    unit_id: int, failures: Sequence[RowFailure], generation: int = 0
+) -> tuple[DeadLetters, bytes]:
     """The file of these failures, in row order: the same failures give the same bytes."""
     lines = []
     for failure in sorted(failures, key=lambda failure: failure.key.index):
@@ -113,27 +132,9 @@ def encode_dead_letters(unit_id: int, failures: Sequence[RowFailure]) -> tuple[D
         lines.append(json.dumps(letter, ensure_ascii=False).encode("utf-8", "backslashreplace"))
     data = b"".join(line + b"\n" for line in lines)
     sha256 = hashlib.sha256(data).hexdigest()
-    path = dead_letters_path(unit_id, sha256)
+    path = dead_letters_path(unit_id, generation, sha256)
     letters = DeadLetters(path=path, num_rows=len(failures), size_bytes=len(data), sha256=sha256)
     return letters, data
-
-
-def count_kinds(storage: Storage, letters: DeadLetters) -> Counter[str]:
-    """How many of the failed rows are of each kind.
-
-    Raises BatchgenError if the file is not the one that was committed.
-    """
-    where = full_name(storage, letters.path)
-
-    def decode(data: bytes) -> Counter[str]:
-        if hashlib.sha256(data).hexdigest() != letters.sha256:
-            raise damaged(where, "its checksum is not the one in the commit")
-        return Counter(json.loads(line)["kind"] for line in data.splitlines())
-
-    try:
-        return decoded(storage, letters.path, storage.read(letters.path), decode)
-    except FileNotFoundError:
-        raise damaged(where, "it is missing") from None
 
 
 def encode_commit(commit: Commit) -> bytes:
@@ -152,7 +153,8 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
             "deleted or exchanged, or a runner of a job that had this folder before is still at "
             "work. Stop that runner, and start the job anew with another output.uri."
         )
-    if commit_path(commit.unit_id) != path or not 0 <= commit.unit_id < len(job.plan.units):
+    is_planned = 0 <= commit.unit_id < len(job.plan.units)
+    if not is_planned or commit_path(commit.unit_id, commit.generation) != path:
         raise damaged(where, f"it is a commit of unit {commit.unit_id}")
     num_rows = job.plan.units[commit.unit_id].num_rows
     if not commit.counts.total == commit.counts.ended == num_rows:
@@ -160,13 +162,19 @@ def decode_commit(data: bytes, job: StoredJob, path: str, where: str) -> Commit:
     return commit
 
 
-def list_commits_of(storage: Storage, job: StoredJob) -> list[str]:
-    """The paths of all commits but those of files that were added since `job` was read."""
-    paths = list_commits(storage)
-    planned = {commit_path(unit.unit_id) for unit in job.plan.units}
-    if planned.issuperset(paths) or not has_grown(storage, job):
-        return paths
-    return [path for path in paths if path in planned]
+def newest_generations(storage: Storage, job: StoredJob) -> dict[int, int]:
+    """The generation of each unit's newest commit, but for units of files that were added since
+    `job` was read."""
+    generations = list_generations(storage)
+    num_units = len(job.plan.units)
+    if all(unit_id < num_units for unit_id in generations) or not has_grown(storage, job):
+        return generations
+    return {unit_id: number for unit_id, number in generations.items() if unit_id < num_units}
+
+
+def newest_commits(storage: Storage, job: StoredJob) -> list[str]:
+    """The path of each unit's newest commit, of the same units."""
+    return [commit_path(*item) for item in newest_generations(storage, job).items()]
 
 
 def decode_stored_commit(storage: Storage, job: StoredJob, path: str, data: bytes) -> Commit:
@@ -176,9 +184,9 @@ def decode_stored_commit(storage: Storage, job: StoredJob, path: str, data: byte
 
 
 def read_commits(storage: Storage, job: StoredJob) -> dict[int, Commit]:
-    """All commits by unit, in unit order."""
+    """The newest commit of each unit that has one, in unit order."""
     commits = [
         decode_stored_commit(storage, job, path, data)
-        for path, data in read_many(storage, list_commits_of(storage, job))
+        for path, data in read_many(storage, newest_commits(storage, job))
     ]
     return {commit.unit_id: commit for commit in sorted(commits, key=lambda c: c.unit_id)}

@@ -3,11 +3,15 @@
     job.json                         what the job is, and how its input is cut into units
     added/<number>.json              files that came to the input later, and their units
     commits/<unit>.json              one for each finished unit; created exclusively, never changed
+    commits/<unit>.r<generation>.json   the same after a retry of failed rows: the newest counts
     dead/<unit>-<sha256>.jsonl       the rows of a unit that failed; named by its commit
+    dead/<unit>-r<generation>-<sha256>.jsonl   the same after a retry
     partials/<run>-<sequence>.partial   finished rows of units that are not committed yet
+    partials/<run>-<sequence>.r<generation>.partial   the same of a retry
     claims/<unit>.json               some runner is, or was, at work on the unit: a hint, no lock
     unfinished/<run>.tokens          what a stopped run had of rows that it was generating
     done-<job>.json                  the dataset is published: nothing is left to do
+    done-<job>-<retries>.json        the same for the commits of these retries
     runs/<run>.json                  what the engine did in a run, for `batchgen status`
     receipts/<utc time>.json         what `batchgen verify` found; nothing reads them
 
@@ -17,8 +21,9 @@ temporary file of a killed writer) does not exist for the ledger.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -29,10 +34,11 @@ from batchgen.errors import BatchgenError
 
 JOB_PATH = "job.json"
 _ADDITION_PATTERN = re.compile(r"added/\d{6,}\.json")
-_COMMIT_PATTERN = re.compile(r"commits/\d{8,}\.json")
+_COMMIT_PATTERN = re.compile(r"commits/(\d{8,})(?:\.r([1-9]\d{0,8}))?\.json")
+_DEAD_LETTERS_PATTERN = re.compile(r"dead/(\d{8,})(?:-r([1-9]\d{0,8}))?-[0-9a-f]+\.jsonl")
 _RUN_PATTERN = re.compile(r"runs/[0-9a-f]+\.json")
 _CLAIM_PATTERN = re.compile(r"claims/\d{8,}\.json")
-_PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+\.partial")
+_PARTIAL_PATTERN = re.compile(r"partials/[0-9a-f]+-\d+(?:\.r([1-9]\d{0,8}))?\.partial")
 _UNFINISHED_PATTERN = re.compile(r"unfinished/[0-9a-f]+\.tokens")
 
 # A read from an object store is latency and nothing else; on a local disk this many do no harm.
@@ -47,20 +53,27 @@ def addition_path(index: int) -> str:
     return f"added/{index + 1:06d}.json"
 
 
-def commit_path(unit_id: int) -> str:
-    return f"commits/{unit_id:08d}.json"
+def commit_path(unit_id: int, generation: int = 0) -> str:
+    """`generation` counts the retries of the unit's failed rows."""
+    return f"commits/{unit_id:08d}{f'.r{generation}' if generation else ''}.json"
 
 
 def claim_path(unit_id: int) -> str:
     return f"claims/{unit_id:08d}.json"
 
 
-def dead_letters_path(unit_id: int, sha256: str) -> str:
-    return f"dead/{unit_id:08d}-{sha256[:16]}.jsonl"
+def dead_letters_path(unit_id: int, generation: int, sha256: str) -> str:
+    return f"dead/{unit_id:08d}{f'-r{generation}' if generation else ''}-{sha256[:16]}.jsonl"
 
 
-def partial_path(run_id: str, sequence: int) -> str:
-    return f"partials/{run_id}-{sequence:06d}.partial"
+def partial_path(run_id: str, sequence: int, generation: int = 0) -> str:
+    """`generation` is that of the commits that its rows are for."""
+    return f"partials/{run_id}-{sequence:06d}{f'.r{generation}' if generation else ''}.partial"
+
+
+def generation_of_partial(path: str) -> int:
+    match = _PARTIAL_PATTERN.fullmatch(path)
+    return int(match[1] or 0) if match else 0
 
 
 def run_path(run_id: str) -> str:
@@ -71,8 +84,11 @@ def unfinished_path(run_id: str) -> str:
     return f"unfinished/{run_id}.tokens"
 
 
-def done_path(job_id: str) -> str:
-    return f"done-{job_id[:16]}.json"
+def done_path(job_id: str, generations: Mapping[int, int]) -> str:
+    """`generations` are those of the units whose commits are published. A retry leaves the name."""
+    retried = sorted(item for item in generations.items() if item[1])
+    retries = hashlib.sha256(repr(retried).encode()).hexdigest()[:16]
+    return f"done-{job_id[:16]}{f'-{retries}' if retried else ''}.json"
 
 
 def receipt_path(time: str) -> str:
@@ -89,8 +105,24 @@ def list_additions(storage: Storage) -> list[str]:
     return [path for path in storage.list("added") if _ADDITION_PATTERN.fullmatch(path)]
 
 
-def list_commits(storage: Storage) -> list[str]:
-    return [path for path in storage.list("commits") if _COMMIT_PATTERN.fullmatch(path)]
+def list_generations(storage: Storage) -> dict[int, int]:
+    """The generation of the newest commit of each unit that has one, in unit order."""
+    newest: dict[int, int] = {}
+    for path in storage.list("commits"):
+        if match := _COMMIT_PATTERN.fullmatch(path):
+            unit_id, generation = int(match[1]), int(match[2] or 0)
+            newest[unit_id] = max(generation, newest.get(unit_id, 0))
+    return dict(sorted(newest.items()))
+
+
+def list_dead_letters(storage: Storage) -> dict[str, tuple[int, int]]:
+    """The unit and the generation of each file of dead letters, by path."""
+    matches = map(_DEAD_LETTERS_PATTERN.fullmatch, storage.list("dead"))
+    return {match[0]: (int(match[1]), int(match[2] or 0)) for match in matches if match}
+
+
+def is_dead_letters(path: str) -> bool:
+    return _DEAD_LETTERS_PATTERN.fullmatch(path) is not None
 
 
 def list_claims(storage: Storage) -> list[str]:

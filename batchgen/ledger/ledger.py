@@ -6,6 +6,7 @@ import contextlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,14 +23,19 @@ from batchgen.ledger.commits import (
     encode_commit,
     encode_dead_letters,
     read_commits,
+    subtract_counts,
     sum_counts,
 )
+from batchgen.ledger.failures import read_failures
 from batchgen.ledger.files import (
     JOB_PATH,
     claim_path,
     commit_path,
     done_path,
+    generation_of_partial,
     list_claims,
+    list_dead_letters,
+    list_generations,
     list_partials,
     list_unfinished,
     partial_path,
@@ -60,6 +66,14 @@ from batchgen.records import (
 ResumeMode = Literal["if_possible", "always", "never"]
 
 
+@dataclass(frozen=True, slots=True)
+class _Reopened:
+    """A unit of which some failed rows are tried again."""
+
+    commit: Commit  # holds until there is a newer one
+    kept: RunCounts  # of its rows that are not tried again
+
+
 class Ledger:
     """An open ledger of one process. Any number of processes may have the same one open.
 
@@ -72,6 +86,8 @@ class Ledger:
         self._job = job
         self._schema = decode_schema(job.plan.schema_base64)
         self._committed = committed
+        self._reopened: dict[int, _Reopened] = {}
+        self._retry_id = ""
         self._run_id = secrets.token_hex(8)
         self._num_flushes = 0
         self._units_of_partial: dict[str, frozenset[int]] = {}
@@ -81,6 +97,7 @@ class Ledger:
         self._committed_counts = sum_counts(
             [commit.counts for commit in committed.values()], total=job.plan.num_rows
         )
+        # Those of units that a retry has reopened count but for the rows that are tried again.
         self._counts = self._committed_counts  # with the flushed; replaced whole, never changed
 
     @classmethod
@@ -136,7 +153,43 @@ class Ledger:
 
     def is_published(self) -> bool:
         """Whether every unit is committed and the dataset is published: nothing is left to do."""
-        return self.is_complete and self._storage.exists(done_path(self._job.last_id))
+        return self.is_complete and self._storage.exists(self._done_path())
+
+    def failures(self, unit_id: int) -> list[RowFailure]:
+        """The failed rows of a unit that is committed, or was until `reopen`, in row order."""
+        reopened = self._reopened.get(unit_id)
+        commit = self._committed[unit_id] if reopened is None else reopened.commit
+        return read_failures(self._storage, commit.dead_letters)
+
+    def reopen(self, num_retried: Mapping[int, int], *, retry_id: str) -> dict[int, Commit]:
+        """Takes committed units as open again, for a retry; their commits.
+
+        Their next commits carry `retry_id`. `num_retried` is how many of each unit's failed rows
+        are tried again: these do not count as ended any more. Until such a unit is committed
+        anew, its old commit holds.
+        """
+        self._retry_id = retry_id
+        for unit_id, num_rows in num_retried.items():
+            commit = self._committed.pop(unit_id)
+            retried = RunCounts(total=num_rows, failed=num_rows)
+            self._reopened[unit_id] = _Reopened(commit, subtract_counts(commit.counts, retried))
+            self._committed_counts = subtract_counts(self._committed_counts, retried)
+        self._count()
+        return {unit_id: self._reopened[unit_id].commit for unit_id in num_retried}
+
+    def adopt_retries(self) -> bool:
+        """Takes over newer commits, of a retry by another process; False if there are none."""
+        newer = [
+            commit_path(unit_id, generation)
+            for unit_id, generation in list_generations(self._storage).items()
+            if unit_id in self._committed and generation > self._committed[unit_id].generation
+        ]
+        for path, data in read_many(self._storage, newer):
+            commit = decode_stored_commit(self._storage, self._job, path, data)
+            superseded = self._committed[commit.unit_id].counts
+            self._committed_counts = subtract_counts(self._committed_counts, superseded)
+            self._add_commit(commit)
+        return bool(newer)
 
     def has_grown(self) -> bool:
         """Whether another process has added files to the job since this one opened it."""
@@ -159,7 +212,15 @@ class Ledger:
         waiting: list[list[RowResult]] = []  # without the rows of committed units, which are many
         for path, results in read_partials(self._storage, self._job):
             self._units_of_partial[path] = _units_of(results)
-            waiting.append([r for r in results if r.key.unit_id not in self._committed])
+            generation = generation_of_partial(path)
+            waiting.append(
+                [
+                    row
+                    for row in results
+                    if row.key.unit_id not in self._committed
+                    and self.generation(row.key.unit_id) == generation
+                ]
+            )
         merged = merge_partials(waiting, self._committed)
         self._flushed = {unit_id: count_results(rows) for unit_id, rows in merged.items()}
         self._count()
@@ -179,12 +240,12 @@ class Ledger:
 
     def has_commit(self, unit: Unit) -> bool:
         """Whether any runner has committed the unit by now."""
-        return self._storage.exists(commit_path(unit.unit_id))
+        return self._storage.exists(commit_path(unit.unit_id, self.generation(unit.unit_id)))
 
     def load_new_commits(self) -> None:
         """Take note of what other runners have committed."""
         paths = [
-            commit_path(unit.unit_id)
+            commit_path(unit.unit_id, self.generation(unit.unit_id))
             for unit in self.plan.units
             if unit.unit_id not in self._committed
         ]
@@ -222,10 +283,15 @@ class Ledger:
 
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
-        if not results:
-            return
+        by_generation: dict[int, list[RowResult]] = {}
+        for result in results:
+            by_generation.setdefault(self.generation(result.key.unit_id), []).append(result)
+        for generation, rows in by_generation.items():
+            self._flush_partial(rows, generation)
+
+    def _flush_partial(self, results: Sequence[RowResult], generation: int) -> None:
         self._num_flushes += 1
-        path = partial_path(self._run_id, self._num_flushes)
+        path = partial_path(self._run_id, self._num_flushes, generation)
         data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
         # It exists already where the store's client has repeated a write that had succeeded:
         # nobody else writes under this run's name.
@@ -245,12 +311,20 @@ class Ledger:
     ) -> bool:
         """Commits a unit whose parts are written; False if another runner did so before.
 
-        `results` are all rows of the unit, `parts` hold those that succeeded, `wall_s` is the
-        time since the unit's first row was read. Either way the unit is in `committed` after it.
+        `results` are all rows of the unit, in a retry those that stay without their tokens.
+        `parts` hold those that succeeded, `wall_s` is since the unit's first row was read. Either
+        way the unit is in `committed` after it.
         """
         if unit.unit_id in self._committed:
             return False
         counts = count_results(results)
+        if unit.unit_id in self._reopened:  # rows that stay do not know their tokens
+            kept = self._reopened[unit.unit_id].kept
+            counts = replace(
+                counts,
+                prompt_tokens=counts.prompt_tokens + kept.prompt_tokens,
+                output_tokens=counts.output_tokens + kept.output_tokens,
+            )
         assert {result.key.index for result in results} == set(range(unit.num_rows))
         assert all(result.key.unit_id == unit.unit_id for result in results)
         assert counts.total == counts.ended == unit.num_rows, f"rows of unit {unit.unit_id}"
@@ -264,8 +338,10 @@ class Ledger:
             dead_letters=self._put_dead_letters(unit, results),
             counts=counts,
             wall_s=wall_s,
+            generation=self.generation(unit.unit_id),
+            retry_id=self._retry_id,
         )
-        path = commit_path(unit.unit_id)
+        path = commit_path(unit.unit_id, commit.generation)
         try:
             self._storage.create(path, encode_commit(commit))
         except FileExistsError:
@@ -304,8 +380,34 @@ class Ledger:
         """Notes that the dataset is published: from now on its status is "done"."""
         assert self.is_complete
         self.clean()
-        last_id = self._job.last_id
-        self._storage.put(done_path(last_id), json.dumps({"job_id": last_id}).encode())
+        done = {"job_id": self._job.last_id}
+        self._storage.put(self._done_path(), json.dumps(done).encode())
+        self._delete_superseded()
+
+    def generation(self, unit_id: int) -> int:
+        """That of the unit's next commit, for which its rows are now; of its last one, if it has
+        been committed."""
+        reopened = self._reopened.get(unit_id)
+        if unit_id in self._committed:
+            return self._committed[unit_id].generation
+        return 0 if reopened is None else reopened.commit.generation + 1
+
+    def _delete_superseded(self) -> None:
+        """Deletes dead letters that only older commits name. Those of later ones stay: they are
+        another process' retry."""
+        committed = self._committed
+        named = {commit.dead_letters.path for commit in committed.values() if commit.dead_letters}
+        self._storage.delete(
+            path
+            for path, (unit_id, generation) in list_dead_letters(self._storage).items()
+            if path not in named
+            and unit_id in committed
+            and generation <= committed[unit_id].generation
+        )
+
+    def _done_path(self) -> str:
+        generations = {unit_id: commit.generation for unit_id, commit in self._committed.items()}
+        return done_path(self._job.last_id, generations)
 
     def _forget_unfinished(self, results: Sequence[RowResult]) -> None:
         for result in results:
@@ -315,13 +417,17 @@ class Ledger:
         failures = [result for result in results if isinstance(result, RowFailure)]
         if not failures:
             return None
-        letters, data = encode_dead_letters(unit.unit_id, failures)
+        generation = self.generation(unit.unit_id)
+        letters, data = encode_dead_letters(unit.unit_id, failures, generation)
         self._storage.put(letters.path, data)
         return letters
 
     def _add_commit(self, commit: Commit) -> None:
         self._committed[commit.unit_id] = commit
         self._flushed.pop(commit.unit_id, None)
+        reopened = self._reopened.pop(commit.unit_id, None)
+        if reopened is not None:
+            self._committed_counts = subtract_counts(self._committed_counts, reopened.kept)
         counts = [self._committed_counts, commit.counts]
         self._committed_counts = sum_counts(counts, total=self._counts.total)
         self._count()

@@ -29,7 +29,9 @@ def read_status(storage: Storage) -> dict[str, object]:
     partials = [results for _, results in read_partials(storage, job)]
     counts = [commit.counts for commit in commits.values()]
     counts += [count_results(rows) for rows in merge_partials(partials, commits).values()]
-    is_done = len(commits) == len(job.plan.units) and storage.exists(done_path(job.last_id))
+    generations = {unit_id: commit.generation for unit_id, commit in commits.items()}
+    done = done_path(job.last_id, generations)
+    is_done = len(commits) == len(job.plan.units) and storage.exists(done)
     return _status(
         "done" if is_done else "incomplete",
         sum_counts(counts, total=job.plan.num_rows),

@@ -45,7 +45,7 @@ class RowError(Exception):
     @classmethod
     def too_long(cls, num_tokens: int, max_tokens: int, prompt: str) -> Self:
         return cls(
-            "prompt_too_long",
+            "too_long",
             f"the prompt has {num_tokens} tokens, at most {max_tokens} are possible; "
             "raise prompt.max_prompt_tokens or model.max_model_len, or set prompt.overflow "
             "to truncate_start or truncate_end",

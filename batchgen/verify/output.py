@@ -72,7 +72,7 @@ class OutputCheck:
         rows = UnitRows(unit, uri, num_samples=self._rows_per_row)
         num_failed = self._read_failed(commit, rows)
         tokens = Counter[str]()
-        num_rows = sum(self._read_part(unit, part, rows, tokens) for part in commit.parts)
+        num_rows = sum(self._read_part(commit, part, rows, tokens) for part in commit.parts)
         num_ok = num_rows // self._rows_per_row
         counts = commit.counts
         self._counts[unit.file_index].append(
@@ -87,7 +87,7 @@ class OutputCheck:
         )
         if len(self.differences) > num_known:
             return  # sums over rows that are not there would say the same again
-        path = commit_path(unit.unit_id)
+        path = commit_path(unit.unit_id, commit.generation)
         if num_rows % self._rows_per_row:
             self.add(
                 path,
@@ -140,11 +140,11 @@ class OutputCheck:
             self.add(letters.path, problem)
         return len(addresses)
 
-    def _read_part(self, unit: Unit, part: Part, rows: UnitRows, tokens: Counter[str]) -> int:
+    def _read_part(self, commit: Commit, part: Part, rows: UnitRows, tokens: Counter[str]) -> int:
         """How many rows the part has, 0 if it is not the committed one. Adds to `tokens`."""
         self.parts.append(
             CommittedPart(
-                unit_id=unit.unit_id,
+                unit_id=commit.unit_id,
                 path=part.path,
                 num_rows=part.num_rows,
                 size_bytes=part.size_bytes,
@@ -153,7 +153,8 @@ class OutputCheck:
         )
         self._dataset.append(part)
         if not _PART.fullmatch(part.path):
-            self.add(commit_path(unit.unit_id), f"names {part.path!r}, which is no path of a part")
+            path = commit_path(commit.unit_id, commit.generation)
+            self.add(path, f"names {part.path!r}, which is no path of a part")
             return 0
         if part.path in self._named:
             self.add(part.path, "is committed a second time")

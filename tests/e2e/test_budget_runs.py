@@ -289,7 +289,8 @@ def test_the_real_command_stops_at_its_tokens_with_7_and_goes_on(
         "import sys\n"
         "from batchgen.cli import main\n"
         "try:\n"
-        f"    main(['run', {str(job)!r}, '-o', {limit!r}])\n"
+        # Without a parent process, which never imports them.
+        f"    main(['run', {str(job)!r}, '-o', {limit!r}, '-o', 'errors.on_error=fail'])\n"
         "except SystemExit as end:\n"
         "    assert end.code == 7, end.code\n"
         "assert not {'torch', 'triton', 'transformers'} & set(sys.modules)\n"

@@ -12,11 +12,14 @@ import pytest
 from batchgen.errors import (
     BatchgenError,
     BudgetReached,
+    EngineError,
     ErrorRateExceeded,
     Preempted,
     StorageError,
 )
-from batchgen.pipeline import Channel, Engine, FailureGate, Pipeline, Stages
+from batchgen.monitor.failure_gate import FailureGate
+from batchgen.monitor.watchdog import Watchdog
+from batchgen.pipeline import Channel, Engine, Pipeline, Stages
 from batchgen.records import (
     Completion,
     EngineStats,
@@ -131,8 +134,11 @@ def make_stages(**changes: object) -> Stages:
         "engine": ReversingEngine(),
         "saver": ListSaver(),
         "gate": FailureGate(fail_on_first=False, max_error_rate=1.0, window=10),
+        "given": lambda _: None,
         "charge": lambda _: None,
         "watch": lambda: None,
+        "watchdog": Watchdog(None),
+        "abandon": lambda _: None,
     }
     return Stages(**{**defaults, **changes})  # type: ignore[arg-type]
 
@@ -286,8 +292,9 @@ def test_a_failed_save_fails_the_run(method: str) -> None:
 @pytest.mark.parametrize("after", [0, 3])
 def test_what_had_finished_is_flushed_when_the_engine_fails(after: int) -> None:
     saver = ListSaver()
-    with pytest.raises(BoomError):
+    with pytest.raises(EngineError, match="the engine failed: BoomError") as caught:
         run_pipeline(make_stages(engine=failing_engine(after), saver=saver), make_units(4, 500))
+    assert isinstance(caught.value.__cause__, BoomError)
     assert len(saver.flushed) == after * 50
     assert not saver.kept
 

@@ -22,6 +22,7 @@ from e2e_jobs import (
 )
 from standin import StandInEngine
 
+from batchgen.errors import EngineError
 from batchgen.job.loading import load_job
 from batchgen.records import Prompt, PromptSource
 from batchgen.runner import RunReport, run_job
@@ -149,7 +150,7 @@ def test_failed_and_skipped_rows_leave_the_others_in_order(
     ]
     assert [letter["row_address"] for letter in letters] == [f"{uri}:{i}" for i in (10, 11, 200)]
     assert [letter["kind"] for letter in letters] == [
-        "template_error", "prompt_too_long", "bad_record",
+        "template_error", "too_long", "bad_record",
     ]  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def test_a_resumed_run_generates_only_what_is_missing(
     uri = write_jsonl(tmp_path / "data.jsonl", rows)
     spec = load_job(write_job(tmp_path, tiny_model))
     failing = FailingEngine(2)
-    with pytest.raises(StopHalfWayError):
+    with pytest.raises(EngineError, match="StopHalfWayError"):
         run_job(spec, make_engine=lambda *_: failing)
     prompted: list[Prompt] = []
 

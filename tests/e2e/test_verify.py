@@ -22,7 +22,7 @@ from verify_outputs import (
 
 from batchgen.cli import main
 from batchgen.dataset.storage import Storage
-from batchgen.errors import JobChangedError, StorageError, UsageError
+from batchgen.errors import EngineError, JobChangedError, StorageError, UsageError
 from batchgen.job.loading import load_job
 from batchgen.records import PromptSource
 from batchgen.runner import run_job
@@ -125,7 +125,7 @@ def test_of_an_unfinished_job_what_is_committed_is_verified(
     job = write_verify_job(tmp_path, tiny_model)
     overrides = ["checkpoint.unit_rows=4"]
     output = Output(job=job, overrides=overrides, storage=Storage.open(str(tmp_path / "out")))
-    with pytest.raises(ConnectionError):
+    with pytest.raises(EngineError, match="gone"):
         run_job(load_job(job, overrides), make_engine=lambda *_: BreakingEngine())
     receipt = output.verify()
     assert (receipt.state, receipt.is_right) == ("incomplete", True)

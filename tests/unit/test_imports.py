@@ -18,11 +18,12 @@ PACKAGE = ROOT / "batchgen"
 RANKS = (
     ("__init__", "errors", "records", "redaction", "retries"),
     ("kernels", "job", "dataset.storage"),
-    ("dataset", "prompts", "ledger", "models", "monitor"),
+    ("dataset", "prompts", "ledger", "models", "monitor", "supervision"),
     ("engine",),
     ("units", "verify"),
     ("pipeline",),
     ("startup",),
+    ("retry",),
     ("runner",),
     ("commands",),
     ("cli",),

@@ -19,7 +19,7 @@ from dataset_factories import json_lines, read_all, write
 from batchgen.dataset import formats, plan, tables
 from batchgen.dataset.reader import plan_input
 from batchgen.dataset.storage import Storage
-from batchgen.dataset.writer import output_schema, publish
+from batchgen.dataset.writer import delete_superseded, output_schema, publish
 from batchgen.errors import InputError, StorageError
 from batchgen.job.spec import InputSpec, OutputSpec
 from batchgen.records import RowFailure
@@ -194,7 +194,8 @@ def test_publishing_deletes_parts_and_nothing_else(tmp_path: Path) -> None:
     storage = Storage.open(spec.uri)
     for name in ("data/part-00000001-000-0123456789abcdef.arrow", "data/mine.arrow", "mine.txt"):
         storage.put(name, b"x")
-    publish(storage, spec, schema, [], "card", num_units=2)
+    publish(storage, spec, schema, [], "card")
+    delete_superseded(storage, [], {1: 0})
     assert {"data/mine.arrow", "mine.txt"} < set(storage.list())
     assert not storage.exists("data/part-00000001-000-0123456789abcdef.arrow")
 

@@ -18,7 +18,13 @@ from dataset_factories import json_lines, parquet_file, read_all, write
 
 from batchgen.dataset.reader import plan_input
 from batchgen.dataset.storage import Storage
-from batchgen.dataset.writer import build_parts, check_values, output_schema, publish
+from batchgen.dataset.writer import (
+    build_parts,
+    check_values,
+    delete_superseded,
+    output_schema,
+    publish,
+)
 from batchgen.errors import UsageError
 from batchgen.job.spec import InputSpec, OutputSpec
 from batchgen.records import InputRow, OutputRow, Part, RowKey
@@ -110,7 +116,8 @@ def write_dataset(spec: OutputSpec, schema: pa.Schema, units: Sequence[Sequence[
         for part, data in build_parts(spec, schema, unit_id, output_rows(values, unit_id)):
             storage.put(part.path, data)
             parts.append(part)
-    publish(storage, spec, schema, parts, "# a card\n", num_units=8)
+    publish(storage, spec, schema, parts, "# a card\n")
+    delete_superseded(storage, parts, dict.fromkeys(range(8), 0))
     return storage
 
 
@@ -232,7 +239,7 @@ def test_publishing_again_deletes_what_is_not_committed(output_format: str, tmp_
     rows = [values_of_row(i) for i in range(10)]
     storage = write_dataset(spec, schema, [rows])
     content = {path: storage.read(path) for path in storage.list()}
-    [(orphan, data)] = build_parts(spec, schema, 7, output_rows(rows[:3], 7))
+    [(orphan, data)] = build_parts(spec, schema, 0, output_rows(rows[:3], 7))
     storage.put(orphan.path, data)
     [(later, later_data)] = build_parts(spec, schema, 8, output_rows(rows[:3], 8))
     storage.put(later.path, later_data)
@@ -255,6 +262,28 @@ def test_parts_are_named_by_their_content(tmp_path: Path) -> None:
         assert (part.num_rows, part.size_bytes) == (5, len(data))
         [(other, _)] = build_parts(spec, schema, 12, rows[:4])
         assert other.path != part.path
+
+
+def test_parts_that_another_process_may_be_about_to_commit_stay(tmp_path: Path) -> None:
+    spec = output_spec(tmp_path / "out")
+    schema = output_schema(spec, INPUT)
+    rows = [values_of_row(i) for i in range(4)]
+    storage = write_dataset(spec, schema, [rows, rows])
+    kept = {path for path in storage.list("data") if path.startswith("data/part-00000001-")}
+    parts = {
+        (unit_id, generation): build_parts(
+            spec, schema, unit_id, output_rows(rows, unit_id), generation=generation
+        )[0]
+        for unit_id, generation in [(0, 1), (0, 2), (1, 1), (2, 0)]
+    }
+    for part, data in parts.values():
+        storage.put(part.path, data)
+    first = parts[0, 1][0]
+    assert first.path.startswith("data/part-00000000-000-r1-")
+    second = Part(path=next(iter(kept)), num_rows=4, size_bytes=1, sha256="")
+    delete_superseded(storage, [first, second], {0: 1, 1: 0})
+    later = {parts[key][0].path for key in [(0, 2), (1, 1), (2, 0)]}
+    assert set(storage.list("data")) == {first.path, *kept, *later}
 
 
 @pytest.mark.parametrize(

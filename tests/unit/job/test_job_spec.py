@@ -81,7 +81,7 @@ DEFAULTS = {
         "flush_interval": 30.0,
         "resume": "if_possible",
     },
-    "errors": {"on_error": "dead_letter", "max_error_rate": 0.05, "window": 500},
+    "errors": {"on_error": "dead_letter", "max_error_rate": 0.05, "window": 500, "watchdog": 900.0},
     "preemption": {
         "watch": "auto",
         "lead_time": "auto",

@@ -29,7 +29,7 @@ def test_the_summary_of_a_run() -> None:
             swapped_out_blocks=1200,
             swapped_in_blocks=1100,
         ),
-        dead_letters={"prompt_too_long": 5, "empty_prompt": 2},
+        dead_letters={"too_long": 5, "empty_prompt": 2},
         dead_letters_uri="out/translate/.batchgen/dead",
         budget="50,000 of 80,000 output tokens",
     )
@@ -41,7 +41,7 @@ def test_the_summary_of_a_run() -> None:
         "4,000 reads of shared prefix blocks saved, "
         "1,200 blocks swapped out and 1,100 in",
         "budget: 50,000 of 80,000 output tokens",
-        "dead letters: 2 empty_prompt, 5 prompt_too_long, in out/translate/.batchgen/dead",
+        "dead letters: 2 empty_prompt, 5 too_long, in out/translate/.batchgen/dead",
         "dataset: out/translate",
     ]
 

@@ -24,12 +24,12 @@ def test_what_is_too_long(tokenizer: Any) -> None:
     assert only(build(max_model_len=num_tokens + 3)).max_tokens == 3
     assert only(build(max_model_len=num_tokens + 1)).max_tokens == 1
     too_long = failure(build(max_model_len=num_tokens))
-    assert too_long.kind == "prompt_too_long"
+    assert too_long.kind == "too_long"
     assert f"{num_tokens} tokens, at most {num_tokens - 1}" in too_long.message
     assert too_long.excerpt == WORDS[:200]
     assert only(build(max_model_len=2048, max_prompt_tokens=num_tokens))
     too_long = failure(build(max_model_len=2048, max_prompt_tokens=num_tokens - 1))
-    assert too_long.kind == "prompt_too_long"
+    assert too_long.kind == "too_long"
 
 
 def test_fail_ends_the_run(tokenizer: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_frame_that_does_not_fit(tokenizer: Any) -> None:
         max_model_len=8192,
         overflow="truncate_end",
     )
-    assert failure(builder.build([make_row(text="cat and dog")])).kind == "prompt_too_long"
+    assert failure(builder.build([make_row(text="cat and dog")])).kind == "too_long"
 
 
 def test_characters_of_several_tokens_are_cut_whole(tokenizer: Any) -> None:

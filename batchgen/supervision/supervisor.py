@@ -1,0 +1,223 @@
+"""A run's parent process: starts workers, passes signals on, and goes on when one dies.
+
+The worker is forked before anything heavy is imported or any thread is started, so the parent
+stays small, and a worker after a death is as clean as the first. It has a process group of its
+own: a terminal's Ctrl-C goes to the parent alone, which passes it on once. A worker whose parent
+is gone ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+from batchgen.errors import BatchgenError, Interrupted, Preempted
+from batchgen.supervision.hunt import Hunt
+from batchgen.supervision.line import Assignment, Worker, WorkerReport
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_CRASHES = frozenset(
+    (
+        signal.SIGKILL,  # also what a system that is out of memory sends
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGABRT,
+        signal.SIGILL,
+        signal.SIGFPE,
+        signal.SIGTRAP,
+        signal.SIGSYS,
+    )
+)
+_EXIT_FAILED = 1
+_POLL_S = 0.5
+_READ_BYTES = 1 << 16
+
+Work = Callable[[Worker], int]
+
+
+def supervise(work: Work) -> int:
+    """Run `work` in a process of its own until it has ended; its exit code.
+
+    It returns in the worker, too, with what `work` returns: the caller ends either process with
+    that code. What `work` raises passes through in the worker. Raises BatchgenError in the parent
+    where workers die again and again. Call it on the main thread, without others.
+    """
+    hunt = Hunt()
+    assignment = hunt.next()
+    with _Signals() as signals:
+        while True:
+            end = _run_worker(assignment, signals)
+            if isinstance(end, Worker):
+                break
+            is_group_done = end.code == 0 and assignment.only is not None
+            if not end.is_death and not is_group_done:
+                return signals.end_as(end)
+            if signals.last is not None:
+                raise _stopped(signals.last)
+            if is_group_done:
+                hunt.ended()
+                assignment = hunt.next()
+            else:
+                report = end.report
+                hunt.died(end.why, report.suspects, num_ended=report.num_ended)
+                assignment = hunt.next()
+                _say(end, assignment)
+    return work(end)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WorkerEnd:
+    """How a worker has ended."""
+
+    code: int
+    number: signal.Signals | None  # that ended it
+    report: WorkerReport
+
+    @property
+    def is_death(self) -> bool:
+        """Whether the engine may have ended it, and not a user or batchgen."""
+        return self.number in _CRASHES or (
+            self.code == _EXIT_FAILED and self.report.failure is not None
+        )
+
+    @property
+    def why(self) -> str:
+        if self.report.failure is not None:
+            return f"the engine failed ({self.report.failure})"
+        return f"the engine's process was ended by {self.number.name if self.number else self.code}"
+
+
+def _run_worker(assignment: Assignment, signals: _Signals) -> _WorkerEnd | Worker:
+    """How a new worker has ended; in the worker itself, its end of the pipe."""
+    told, tell = os.pipe()
+    alive, hold = os.pipe()  # closed by the end of the parent, whatever ends it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with signals.held():
+        pid = os.fork()
+        if pid == 0:
+            signals.restore()
+            os.close(told)
+            os.close(hold)
+            os.setpgid(0, 0)
+            # A terminal that is set to stop background output must not stop the progress bar.
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        else:
+            signals.worker = pid
+    if pid == 0:
+        threading.Thread(target=_end_with, args=(alive,), name="lifeline", daemon=True).start()
+        return Worker(assignment, tell)
+    os.close(tell)
+    os.close(alive)
+    try:
+        return _follow(pid, told)
+    finally:
+        signals.worker = None
+        os.close(told)
+        os.close(hold)
+
+
+def _follow(pid: int, told: int) -> _WorkerEnd:
+    """Take in what the worker tells until it has ended."""
+    report = WorkerReport()
+    status: int | None = None
+    while True:
+        # Something that the worker has started may hold its end of the pipe open.
+        ready, _, _ = select.select([told], [], [], _POLL_S if status is None else 0.0)
+        data = os.read(told, _READ_BYTES) if ready else b""
+        report.feed(data)
+        if data:
+            continue
+        if status is not None:
+            break
+        ended, found = os.waitpid(pid, 0 if ready else os.WNOHANG)
+        status = found if ended else None
+    code = os.waitstatus_to_exitcode(status)
+    number = signal.Signals(-code) if code < 0 else None
+    return _WorkerEnd(code=code, number=number, report=report)
+
+
+def _end_with(alive: int) -> None:
+    os.read(alive, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _say(end: _WorkerEnd, assignment: Assignment) -> None:
+    if assignment.only is None:
+        what = "the row that it had alone becomes a dead letter"
+    else:
+        what = f"running {len(assignment.only)} of its {len(end.report.suspects)} rows alone"
+    sys.stderr.write(f"{end.why}: {what}\n")
+
+
+def _stopped(number: signal.Signals) -> BatchgenError:
+    again = "what was flushed is saved: run the same command again to go on"
+    if number == signal.SIGINT:
+        return Interrupted(f"interrupted; {again}")
+    return Preempted(f"preempted; {again}")
+
+
+class _Signals:
+    """While entered, signals that ask a run to stop go to the worker."""
+
+    def __init__(self) -> None:
+        self.worker: int | None = None
+        self.last: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in _PASSED_ON:
+            self._previous[number] = signal.signal(number, self._pass_on)
+        # A job control stop of a shell's that ignores it, as of a script's, stays ignored.
+        if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            self._previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Back to what handled the signals before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait meanwhile."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_PASSED_ON, signal.SIGTSTP))
+
+    def end_as(self, end: _WorkerEnd) -> int:
+        """The worker's exit code. If a signal has ended it, that ends this process, too."""
+        if end.number is not None:
+            signal.signal(end.number, signal.SIG_DFL)
+            os.kill(os.getpid(), end.number)
+        return end.code
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.last = signal.Signals(number)
+        self._send(number)
+
+    def _pause(self, number: int, frame: FrameType | None) -> None:
+        self._send(signal.SIGSTOP)
+        # Not SIGSTOP: where no shell could let it go on, the system ignores this one.
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # until SIGCONT
+        signal.signal(signal.SIGTSTP, handler)
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: int) -> None:
+        if self.worker is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.worker, number)
