@@ -36,6 +36,7 @@ from batchgen.records import (
     UnfinishedRow,
     Unit,
 )
+from batchgen.redaction import environment_secrets, redact_message
 from batchgen.units import FinishedUnit, UnitBoard
 
 PLANNING_WINDOW_ROWS = 65536
@@ -333,8 +334,9 @@ class Pipeline:
         except BatchgenError:
             raise
         except Exception as error:
+            why = redact_message(str(error), environment_secrets())
             raise EngineError(
-                f"the engine failed: {type(error).__name__}: {error}. Finished rows are saved: "
+                f"the engine failed: {type(error).__name__}: {why}. Finished rows are saved: "
                 "run the same command again to go on"
             ) from error
 

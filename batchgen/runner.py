@@ -5,6 +5,8 @@ What comes before the model's weights is `startup`. A job that is done loads no 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ from batchgen.errors import (
     EngineError,
     Interrupted,
     Preempted,
+    StorageError,
 )
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import Commit, Ledger, RunCounts, judged_rows, read_failures
@@ -50,6 +53,7 @@ from batchgen.records import (
     RowResult,
     UnfinishedRow,
 )
+from batchgen.redaction import environment_secrets, redact_message
 from batchgen.retry import RetriedUnits, Retry, refuse_unbegun, reopen_failed
 from batchgen.startup import OpenJob, TextModel, load_text_model, open_job, probe
 from batchgen.supervision import Worker
@@ -97,8 +101,11 @@ def run_job(
     if retry is not None:
         refuse_unbegun(spec)
     has_grown = False
+    if worker is not None and worker.assignment.is_restart:
+        spec = _going_on(spec)
     while True:
-        job = open_job(spec)
+        job = open_job(spec, takes_new_files=retry is None)
+        spec = _going_on(spec)
         commits = None if retry is None else reopen_failed(job, retry)
         # Not if this process has just published, perhaps over what another one has.
         if not has_grown and job.ledger.is_published():
@@ -113,8 +120,17 @@ def run_job(
         job.ledger.load_new_commits()
         wall_s = time.monotonic() - started_s
         has_grown = not _publish(job, wall_s)
-        if not has_grown:
+        if not has_grown or retry is not None:  # who has added files publishes the retry, too
             return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
+
+
+def _going_on(spec: JobSpec) -> JobSpec:
+    """`resume: never` is for a command's begin: with what it has begun it may go on."""
+    checkpoint = spec.checkpoint
+    if checkpoint.resume != "never":
+        return spec
+    going_on = checkpoint.model_copy(update={"resume": "if_possible"})
+    return spec.model_copy(update={"checkpoint": going_on})
 
 
 def _begin(
@@ -166,7 +182,13 @@ def _check_counts(spec: JobSpec, counts: RunCounts, parts: Sequence[Part]) -> No
 
 def load_engine(spec: JobSpec, model: TextModel) -> Engine:
     """The engine with the model's weights. This is what imports torch."""
+    import torch
+
     from batchgen.engine.build import build_engine
+
+    gc.collect()  # the engine of an earlier turn of run_job, whose parts refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
     def decode(token_ids: Sequence[Sequence[int]]) -> list[str]:
         texts: list[str] = model.tokenizer.backend_tokenizer.decode_batch(
@@ -270,7 +292,8 @@ def _generate(
                 pipeline.run(to_do, begun.recovered, only)
             except EngineError as error:
                 if worker is not None:
-                    worker.failed(f"{type(error.__cause__).__name__}: {error.__cause__}")
+                    why = f"{type(error.__cause__).__name__}: {error.__cause__}"
+                    worker.failed(redact_message(why, environment_secrets()))
                 raise
             except BudgetReached:
                 if not ledger.is_complete:  # else it was reached by the very last rows
@@ -281,6 +304,8 @@ def _generate(
                 raise stop_error(stops.notice, saver.saved()) from error
             finally:
                 watch()  # what is shown last is how it ended
+                with contextlib.suppress(StorageError):
+                    ledger.give_up_claims()
     return engine.stats()
 
 

@@ -67,8 +67,11 @@ class OpenJob:
     text_model: TextModel | None  # loaded already, when the ledger is new
 
 
-def open_job(spec: JobSpec) -> OpenJob:
-    """Check the job against its input and output, and open its ledger or begin it."""
+def open_job(spec: JobSpec, *, takes_new_files: bool = True) -> OpenJob:
+    """Check the job against its input and output, and open its ledger or begin it.
+
+    `takes_new_files`: that have come to an incremental input; else they wait for another run.
+    """
     output = Storage.open(spec.output.uri)
     ledger_storage = open_ledger_storage(spec)
     stored = read_job(ledger_storage)
@@ -89,11 +92,14 @@ def open_job(spec: JobSpec) -> OpenJob:
         )
     else:
         model_files = resolve_model(spec.model)
-        if spec.input.incremental and spec.checkpoint.resume != "never":
+        if takes_new_files and spec.input.incremental and spec.checkpoint.resume != "never":
             stored = take_in_new_files(spec, ledger_storage, stored, model_files.identity)
             files = stored.plan.files  # which are the input's: that has just been compared
         else:
             files = resolve_inputs(spec.input.uri, spec.input.storage_options)
+            if spec.input.incremental and not takes_new_files:
+                known = {file.uri for file in stored.plan.files}
+                files = [file for file in files if file.uri in known]
         ledger_plan = stored.plan
     ledger = Ledger.open(
         ledger_storage,

@@ -14,6 +14,7 @@ import click
 from batchgen.commands.options import job_options, load_spec
 from batchgen.errors import EngineError
 from batchgen.records import FailureKind
+from batchgen.redaction import environment_secrets, redact_message
 from batchgen.supervision import Worker, supervise
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ def run_supervised(
             report = work(worker)
         except EngineError as error:
             if worker is None or worker.assignment.only is None:  # else it was shown before
-                traceback.print_exception(error.__cause__)
+                text = "".join(traceback.format_exception(error.__cause__))
+                click.echo(redact_message(text, environment_secrets()), err=True)
             if worker is None:
                 raise
             return error.exit_code  # the supervisor says what it does about it

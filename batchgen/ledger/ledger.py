@@ -90,6 +90,7 @@ class Ledger:
         self._retry_id = ""
         self._run_id = secrets.token_hex(8)
         self._num_flushes = 0
+        self._claimed: set[int] = set()
         self._units_of_partial: dict[str, frozenset[int]] = {}
         self._unfinished: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
         self._unfinished_paths: list[str] = []  # the files that these rows are from
@@ -236,7 +237,13 @@ class Ledger:
             self._storage.create(claim_path(unit.unit_id), self._run_id.encode())
         except FileExistsError:
             return False
+        self._claimed.add(unit.unit_id)
         return True
+
+    def give_up_claims(self) -> None:
+        """Of units that are not committed: the next run goes on with them first."""
+        units = [unit_id for unit_id in list(self._claimed) if unit_id not in self._committed]
+        self._storage.delete([claim_path(unit_id) for unit_id in units])
 
     def has_commit(self, unit: Unit) -> bool:
         """Whether any runner has committed the unit by now."""
@@ -277,7 +284,7 @@ class Ledger:
         """
         kept = furthest([*self._unfinished.values(), *rows])
         path = unfinished_path(self._run_id)
-        data = encode_unfinished(list(kept.values()), job_id=self._job.job_id)
+        data = encode_unfinished(list(kept.values()), job_id=self._job.last_id)
         self._storage.put(path, data)
         self._storage.delete(self._unfinished_paths)
 

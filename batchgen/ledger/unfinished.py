@@ -92,7 +92,7 @@ def decode_unfinished(data: bytes, job: StoredJob, where: str) -> list[Unfinishe
         raise damaged(where, "its checksum does not match")
     head_end = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "big")
     head = parse_json(_HEAD, body[_LENGTH_BYTES:head_end], where)
-    if head.job_id != job.job_id:
+    if head.job_id not in job.ids:
         raise BatchgenError(f"{where} is of another job.")
     num_tokens = sum(sample.num_tokens for row in head.rows for sample in row.samples)
     if len(body) - head_end != num_tokens * _TOKEN.itemsize:

@@ -12,6 +12,7 @@ from batchgen.errors import NoProgressError
 from batchgen.monitor.progress import format_duration
 
 _NUM_FRAMES = 4  # of a stack, the innermost
+_PAUSE_S = 5.0  # between two looks, which are 0.2 s apart: the process itself was stopped
 
 
 class Watchdog:
@@ -24,7 +25,7 @@ class Watchdog:
         """`limit_s` is None for a watchdog that sleeps."""
         self._limit_s = limit_s
         self._last: object = None
-        self._changed_s = time.monotonic()
+        self._changed_s = self._looked_s = time.monotonic()
 
     def check(self, progress: object, describe: Callable[[], str]) -> NoProgressError | None:
         """Look at the counters of a run, all of them; why to end it, if so.
@@ -32,8 +33,9 @@ class Watchdog:
         `describe` is called for the error's message only.
         """
         now_s = time.monotonic()
-        if progress != self._last:
+        if progress != self._last or now_s - self._looked_s > _PAUSE_S:
             self._last, self._changed_s = progress, now_s
+        self._looked_s = now_s
         if self._limit_s is None or now_s - self._changed_s < self._limit_s:
             return None
         error = NoProgressError(

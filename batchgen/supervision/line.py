@@ -23,6 +23,7 @@ class Assignment:
 
     only: tuple[RowKey, ...] | None = None  # these rows, without publishing; None: all of it
     culprits: Mapping[RowKey, str] = field(default_factory=dict)  # rows to set aside first, and why
+    is_restart: bool = False  # another worker of this command has run before
 
 
 class Worker:

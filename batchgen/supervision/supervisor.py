@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from batchgen.errors import BatchgenError, Interrupted, Preempted
@@ -69,6 +69,7 @@ def supervise(work: Work) -> int:
                 hunt.died(end.why, report.suspects, num_ended=report.num_ended)
                 assignment = hunt.next()
                 _say(end, assignment)
+            assignment = replace(assignment, is_restart=True)
     return work(end)
 
 
@@ -101,6 +102,8 @@ def _run_worker(assignment: Assignment, signals: _Signals) -> _WorkerEnd | Worke
     sys.stdout.flush()
     sys.stderr.flush()
     with signals.held():
+        if signals.last is not None:  # it came when there was no worker
+            raise _stopped(signals.last)
         pid = os.fork()
         if pid == 0:
             signals.restore()

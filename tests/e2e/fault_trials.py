@@ -10,7 +10,7 @@ import pytest
 import yaml
 from standin import StandInEngine
 
-from batchgen import runner
+from batchgen import runner, startup
 from batchgen.job.loading import load_job
 from batchgen.job.spec import JobSpec
 from batchgen.records import Prompt, RowKey
@@ -51,13 +51,14 @@ class TextSide:
     """The model's files, tokenizer and templates, which take longer to load than a trial."""
 
     def __init__(self, spec: JobSpec) -> None:
-        self._files = runner.resolve_model(spec.model)
-        self._text_model = runner.load_text_model(spec, self._files)
+        self._files = startup.resolve_model(spec.model)
+        self._text_model = startup.load_text_model(spec, self._files)
 
     def load_at_once(self, patches: pytest.MonkeyPatch) -> None:
         """Let runs take them from here."""
-        patches.setattr(runner, "resolve_model", lambda _: self._files)
-        patches.setattr(runner, "load_text_model", lambda *_: self._text_model)
+        patches.setattr(startup, "resolve_model", lambda _: self._files)
+        for module in (startup, runner):
+            patches.setattr(module, "load_text_model", lambda *_: self._text_model)
 
 
 class RecordingEngine(StandInEngine):

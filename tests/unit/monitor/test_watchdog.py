@@ -24,21 +24,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def look(
+    dog: Watchdog, clock: Clock, progress: object, *, for_s: int, report: str = ""
+) -> NoProgressError | None:
+    """Looks every second; what the last look gives."""
+    error = None
+    for _ in range(for_s):
+        clock.now_s += 1.0
+        error = dog.check(progress, lambda: report)
+    return error
+
+
 def test_any_change_is_progress(clock: Clock) -> None:
     dog = Watchdog(900.0)
-    for number in range(10):
-        clock.now_s += 890.0
-        assert dog.check((0, number), lambda: "") is None
-    clock.now_s += 899.0
-    assert dog.check((0, 9), lambda: "") is None
-    clock.now_s += 1.0
-    error = dog.check((0, 9), lambda: "  read: waits")
+    for number in range(3):
+        assert look(dog, clock, (0, number), for_s=890) is None
+    assert look(dog, clock, (0, 2), for_s=10) is None
+    error = look(dog, clock, (0, 2), for_s=1, report="  read: waits")
     assert isinstance(error, NoProgressError)
     assert error.exit_code == 1
     assert "no progress for 15:00" in str(error)
     assert "\n  read: waits\n" in str(error)
-    clock.now_s += 1000.0
-    assert dog.check((0, 9), lambda: "") is None  # once
+    assert look(dog, clock, (0, 2), for_s=1000) is None  # once
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(clock: Clock) -> None:
+    dog = Watchdog(900.0)
+    assert look(dog, clock, 0, for_s=800) is None
+    clock.now_s += 100_000.0
+    assert look(dog, clock, 0, for_s=899) is None
+    assert look(dog, clock, 0, for_s=2) is not None
 
 
 def test_without_a_limit_it_sleeps(clock: Clock) -> None:
