@@ -6,6 +6,7 @@ have ended when the time is all but over, whatever it waits for, the process end
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import os
@@ -129,6 +130,8 @@ class StopWatch:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
         self._is_over.set()
+        with contextlib.suppress(BlockingIOError):  # full, and so it wakes anyway
+            self._inlet.send(b"\0")  # no signal has this number
         self._thread.join()
         self._inlet.close()
         self._outlet.close()

@@ -83,13 +83,13 @@ def run(spec: JobSpec, monkeypatch: pytest.MonkeyPatch, faulty_os: Any) -> None:
 
 
 def result_of(folder: Path) -> dict[str, bytes]:
-    """All files but those with times in them, and the temporary ones of writes that were killed."""
+    """All files but those with times in them or of one run, and temporary ones of killed writes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in files
         if path.name not in ("README.md", "probe")
-        and path.parent.name != "commits"
+        and path.parent.name not in ("commits", "runs")
         and not path.name.startswith(".tmp-")
     }
 

@@ -72,7 +72,8 @@ def live(spec: JobSpec, life: Life, engine: RecordingEngine | None = None) -> li
 
 def result_of(world: World) -> dict[str, bytes]:
     """All that the job has left but what differs between runs: the card and commits have times."""
-    different = (f"{OUT}/README.md", f"{LEDGER}/commits/", f"{LEDGER}/probe")
+    runs = (f"{LEDGER}/commits/", f"{LEDGER}/runs/", f"{LEDGER}/probe")
+    different = (f"{OUT}/README.md", *runs)
     return {path: data for path, data in world.below(OUT).items() if not path.startswith(different)}
 
 
