@@ -113,6 +113,13 @@ def test_a_row_that_kills_becomes_a_dead_letter(deaths: Deaths, tokenizer: Any, 
     assert len(groups) <= 2 + 2 * 5, groups  # of 16 rows in the engine
 
 
+def test_a_restarted_worker_goes_on_with_what_the_command_has_begun(
+    deaths: Deaths, tokenizer: Any
+) -> None:
+    deaths.run("--poison", "77:SIGKILL", "-o", "checkpoint.resume=never", code=3)
+    deaths.check(tokenizer, 77)
+
+
 def test_two_rows_that_kill(deaths: Deaths, tokenizer: Any) -> None:
     deaths.run("--poison", "64:SIGKILL", "--poison", "65:SIGSEGV", code=3)
     deaths.check(tokenizer, 64, 65)

@@ -22,6 +22,7 @@ from batchgen.errors import BatchgenError, InputError, JobChangedError, JobFileE
 from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
 from batchgen.records import Completion, Prompt, PromptSource
+from batchgen.retry import Retry
 from batchgen.runner import RunReport, run_job
 from batchgen.startup import open_ledger_storage
 from batchgen.verify import verify_job
@@ -280,6 +281,26 @@ def test_another_run_takes_in_files_while_this_one_generates(
 
     run_job(load_job(job), make_engine=lambda *_: HookedEngine(other))
     check(job, OLD + NEW, tokenizer)
+
+
+def test_a_retry_leaves_new_files_to_a_run(
+    tmp_path: Path, tiny_model: Path, tokenizer: Any
+) -> None:
+    job = make_job(tmp_path, tiny_model)
+    bad = {**ROWS["b"][3], "text": None}
+    rows = [*ROWS["b"][:3], bad, *ROWS["b"][4:]]
+    write_jsonl(tmp_path / "in/b.jsonl", rows)
+    allowed = "errors.max_error_rate=1.0"
+    assert run(job, allowed).counts.failed == 1
+    add(tmp_path, NEW)
+    spec = load_job(job, [allowed])
+    retry = Retry(retry_id="again", only=None)
+    report = run_job(spec, make_engine=lambda *_: CountingEngine([]), retry=retry)
+    assert report.counts.total == 60
+    ledger = open_ledger_storage(spec)
+    assert ledger.list("added") == []
+    assert read_status(ledger)["state"] == "done"
+    assert run(job, allowed).counts.total == 150
 
 
 def test_a_run_that_was_paused_before_it_published_damages_nothing(
