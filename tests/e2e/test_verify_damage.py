@@ -51,7 +51,7 @@ def rows_in(data: bytes, path: str) -> list[dict[str, Any]] | None:
                 table = reader.read_all()
         table.validate(full=True)
         return table.to_pylist()
-    except (pa.ArrowException, OSError, ValueError):
+    except (pa.ArrowException, OSError, ValueError, OverflowError):
         return None
 
 
