@@ -14,12 +14,11 @@ Legend: B chunks, X blocks of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchgen.engine.prefix_groups import common_with_next
+from batchgen.engine.prefix_groups import common_with_next, tree_nodes
 from batchgen.engine.step_plan import ChunkGroups, Int32
 
 # What a step with groups costs more for each tile of query tokens, in KV tokens that the tile could
@@ -107,25 +106,15 @@ def find_chunk_groups(
 def _best_groups(common: NDArray[np.int64], tiles: _Tiles) -> list[_Group]:
     """Groups, in order, that together save nearly the most blocks.
 
-    A node of the tree is a run of chunks with `least` common blocks; cut where neighbours have no
-    more than these, it falls into its children. A child whose own groups save more than it would
-    add to a group of the node stays apart; the children between such ones become the node's groups.
+    A child whose own groups save more than it would add to a group of its node stays apart; the
+    children between such ones become the node's groups.
     """
     best: dict[tuple[int, int], list[_Group]] = {}
-    stack = [(0, len(common) + 1, False)]  # first chunk, end, its children are done
-    while stack:
-        first, end, is_expanded = stack.pop()
-        between = common[first : end - 1]
-        least = int(between.min())
-        cuts = np.flatnonzero(between == least) + first + 1
-        children = list(pairwise([first, *cuts.tolist(), end]))
-        if not is_expanded:
-            stack.append((first, end, True))
-            stack.extend((a, b, False) for a, b in children if b - a > 1)
-            continue
+    for least, children in tree_nodes(common):
         groups: list[_Group] = []
         run: list[_Group] = []  # of the children that may join, their own groups
-        begin = first
+        begin, end = children[0][0], children[-1][1]
+        first = begin
         for a, b in children:
             own = best.pop((a, b), [])
             if sum(group.saving for group in own) > tiles.share(a, b) * least:

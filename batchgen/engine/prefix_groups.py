@@ -9,6 +9,7 @@ Legend: B batch rows, X blocks of a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,25 +66,34 @@ def common_with_next(tables_BX: Int32, num_full_B: NDArray[np.int64]) -> NDArray
     return np.minimum(first, limit)
 
 
-def _best_groups(common: NDArray[np.int64]) -> list[_Group]:
-    """Groups that together save nearly the most blocks.
+def tree_nodes(common: NDArray[np.int64]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """The nodes of the tree that neighbours' common blocks imply, each after its children.
 
-    A node of the tree is a run of rows with `least` common blocks; cut where neighbours have no
-    more than these, it falls into its children. A child's rows join the node's group where that
-    saves more than the child's own groups do; rows that are in none are offered to the node above.
+    A node is a run of rows with `least` common blocks; cut where neighbours have no more than these
+    it falls into its children. Yields `least`, and the first row and end of each child; a child of
+    more than one row is a node, too.
     """
-    best: dict[tuple[int, int], tuple[list[_Group], list[int]]] = {}  # groups, and rows in none
-    stack = [(0, len(common) + 1, False)]  # first row, end row, its children are done
+    nodes = []
+    stack = [(0, len(common) + 1)]
     while stack:
-        first, end, is_expanded = stack.pop()
+        first, end = stack.pop()
         between = common[first : end - 1]
         least = int(between.min())
         cuts = np.flatnonzero(between == least) + first + 1
         children = list(pairwise([first, *cuts.tolist(), end]))
-        if not is_expanded:
-            stack.append((first, end, True))
-            stack.extend((a, b, False) for a, b in children if b - a > 1)
-            continue
+        nodes.append((least, children))
+        stack.extend((a, b) for a, b in children if b - a > 1)
+    return reversed(nodes)
+
+
+def _best_groups(common: NDArray[np.int64]) -> list[_Group]:
+    """Groups that together save nearly the most blocks.
+
+    A child's rows join its node's group where that saves more than the child's own groups do; rows
+    that are in none are offered to the node above.
+    """
+    best: dict[tuple[int, int], tuple[list[_Group], list[int]]] = {}  # groups, and rows in none
+    for least, children in tree_nodes(common):
         chosen: list[_Group] = []
         rows: list[int] = []
         for a, b in children:
@@ -95,5 +105,5 @@ def _best_groups(common: NDArray[np.int64]) -> list[_Group]:
         if least and len(rows) > 1:
             chosen.append(_Group(rows, least))
             rows = []
-        best[first, end] = chosen, rows
+        best[children[0][0], children[-1][1]] = chosen, rows
     return best[0, len(common) + 1][0]
