@@ -18,7 +18,8 @@ from batchgen.supervision.line import Assignment
 # Deaths of the whole run, one after the other, that no row repeats alone.
 _MAX_UNEXPLAINED = 8
 # Culprits, one after the other, without a row that the engine completes: it is not the rows then.
-_MAX_CULPRITS_IN_A_ROW = 3
+# Rows come in the input's order, so a few bad neighbours can meet in an engine that holds few rows.
+_MAX_CULPRITS_IN_A_ROW = 8
 
 
 class Hunt:
