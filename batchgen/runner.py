@@ -20,7 +20,7 @@ from batchgen import __version__
 from batchgen.dataset.card import CardFacts, dataset_card
 from batchgen.dataset.reader import UnitReader, read_unit
 from batchgen.dataset.storage import redact
-from batchgen.dataset.writer import check_values, delete_superseded, publish
+from batchgen.dataset.writer import check_rows, delete_superseded, publish
 from batchgen.engine.from_job import engine_options, sampling_options
 from batchgen.errors import (
     BatchgenError,
@@ -402,7 +402,7 @@ def _make_prompts(
     rows: Sequence[InputRow], kept: pa.Schema, builder: PromptBuilder
 ) -> list[Prompt | RowFailure]:
     """A prompt for each row, unless it has none or its kept values do not fit their columns."""
-    misfits = [check_values(kept, row.values) for row in rows]
+    misfits = check_rows(kept, [row.values for row in rows])
     fitting = [row for row, misfit in zip(rows, misfits, strict=True) if misfit is None]
     built = iter(builder.build(fitting))
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from batchgen.prompts.row_error import RowError
@@ -48,10 +48,9 @@ class Conversation:
             messages.append(changed)
         return Conversation(tuple(messages))
 
-    def texts(self) -> Iterator[Text]:
+    def texts(self) -> list[Text]:
         """Every text, in order."""
-        for message in self.messages:
-            yield from _texts(message)
+        return _texts(self.messages)
 
     def all_keys(self) -> Iterator[str]:
         """Every name within the messages: of tool arguments, say."""
@@ -62,8 +61,8 @@ class Conversation:
         """The texts of the last user message, or of all messages where there is none."""
         for message in reversed(self.messages):
             if message["role"] == "user":
-                return list(_texts(message))
-        return list(self.texts())
+                return _texts((message,))
+        return self.texts()
 
 
 def _map_texts(value: object, change: Callable[[Text], object]) -> object:
@@ -76,15 +75,16 @@ def _map_texts(value: object, change: Callable[[Text], object]) -> object:
     return value
 
 
-def _texts(value: object) -> Iterator[Text]:
-    if isinstance(value, Text):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+def _texts(values: Iterable[object]) -> list[Text]:
+    found: list[Text] = []
+    for value in values:
+        if isinstance(value, Text):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += _texts(value.values())
+        elif isinstance(value, list):
+            found += _texts(value)
+    return found
 
 
 def _keys(value: object) -> Iterator[str]:

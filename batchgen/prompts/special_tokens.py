@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from batchgen.prompts.shared_head import SharedHead
 from batchgen.prompts.templates import Text
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Encoder:
         self._add_special_tokens = add_special_tokens
         self._newline = self._encode("\n")
         self.prefix, self.suffix = self._frame()
+        self._head = SharedHead(self._backend)
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """What `add_special_tokens` puts before and after a text."""
@@ -81,9 +83,13 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. Lets other threads run meanwhile."""
-        encodings = self._backend.encode_batch_fast(
-            list(texts), add_special_tokens=self._add_special_tokens
-        )
+        encoded = self._head.encode(texts, self._encode_all)
+        if not self.prefix and not self.suffix:
+            return encoded
+        return [[*self.prefix, *token_ids, *self.suffix] for token_ids in encoded]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_parts(self, parts: Sequence[str], is_plain: Sequence[bool]) -> list[int]:
