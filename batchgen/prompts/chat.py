@@ -94,7 +94,7 @@ class ChatPrompts:
                 if self._control.find_in_data(Text((Data(key),))):
                     raise RowError.for_control_token(key, _excerpt(conversation))
         if self._mode == "error":
-            for text in conversation.texts():
+            for text in conversation.texts:
                 if found := self._control.find_in_data(text):
                     raise RowError.for_control_token(text.plain[slice(*found[0])], text.plain)
         return conversation
@@ -158,12 +158,12 @@ class ChatPrompts:
             return _Neutralized(conversation, {})
         tokens = {
             text.plain[start:end]
-            for text in conversation.texts()
+            for text in conversation.texts
             for start, end in self._control.find_in_data(text)
         }
         if not tokens:
             return _Neutralized(conversation, {})
-        taken = "".join([self._chat_template, *(text.plain for text in conversation.texts())])
+        taken = "".join([self._chat_template, *(text.plain for text in conversation.texts)])
         placeholders = dict(zip(sorted(tokens), unused_characters(taken), strict=False))
 
         def replace(text: Text) -> Text:
@@ -200,7 +200,7 @@ class ChatPrompts:
 
     def _count_outside_data(self, conversation: Conversation, text: str) -> int | None:
         """How many control tokens the template writes; None if that cannot be told."""
-        free = unused_characters(text + "".join(text.plain for text in conversation.texts()))
+        free = unused_characters(text + "".join(text.plain for text in conversation.texts))
         start, end = next(free), next(free)
         marked = self._render(
             [conversation.written(lambda text: text.map_data(_wrapped(start, end)).plain)]
@@ -250,7 +250,7 @@ def message_sources(spec: PromptSpec) -> dict[str, str]:
 
 
 def _refuse_empty(conversation: Conversation) -> None:
-    data = [piece for text in conversation.texts() for piece in text.data]
+    data = [piece for text in conversation.texts for piece in text.data]
     if data and not any(piece.strip() for piece in data):
         raise RowError(
             "empty_prompt",
@@ -262,7 +262,7 @@ def _refuse_empty(conversation: Conversation) -> None:
 
 
 def _excerpt(conversation: Conversation) -> str:
-    return "\n".join(text.plain for text in conversation.texts())
+    return "\n".join(text.plain for text in conversation.texts)
 
 
 def _wrapped(start: str, end: str) -> Callable[[Data], str]:

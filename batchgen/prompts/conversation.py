@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from batchgen.prompts.row_error import RowError
 from batchgen.prompts.templates import Data, Text
@@ -16,7 +17,7 @@ _TYPES = ("text", "function")
 _MAX_DEPTH = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Conversation:
     """Messages as a chat template takes them, but with a `Text` for each string but the role."""
 
@@ -48,6 +49,7 @@ class Conversation:
             messages.append(changed)
         return Conversation(tuple(messages))
 
+    @cached_property
     def texts(self) -> list[Text]:
         """Every text, in order."""
         return _texts(self.messages)
@@ -62,7 +64,7 @@ class Conversation:
         for message in reversed(self.messages):
             if message["role"] == "user":
                 return _texts((message,))
-        return self.texts()
+        return self.texts
 
 
 def _map_texts(value: object, change: Callable[[Text], object]) -> object:

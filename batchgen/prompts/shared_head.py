@@ -4,8 +4,9 @@ A batch job's prompts share their system prompt, instructions and examples, ofte
 characters. A text may be cut, and its halves encoded apart, where the tokens come out the same.
 That is known for the byte-level BPE tokenizers of `_PATTERNS`: their words are found from left to
 right, BPE joins nothing across words, and between a letter (or a mark) and a space before a letter
-there is an end of a word, whatever stands further on: no pattern looks past the space. Other
-tokenizers encode every text whole.
+there is an end of a word, whatever stands further on: no pattern looks past the space. An added
+token is taken out before there are words, so a text may be cut before one. Other tokenizers encode
+every text whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _MIN_HEAD_CHARS = 32  # below, cutting costs more than it spares
 _NUM_CHECKED = 16  # texts, of a batch that gives a new head
-_END_OF_WORD = re.compile(r"(?<=[A-Za-z.,:;!?])(?= [A-Za-z])")
+_END_OF_WORD = r"(?<=[A-Za-z.,:;!?])(?= [A-Za-z])"
 
 # How pre-tokenizers find words; GPT-2's own pattern is within ByteLevel. From the tokenizer.json of
 # Llama 3, of Qwen 2 and 3, and of gpt-oss.
@@ -47,9 +48,15 @@ class SharedHead:
         """The tokenizer is used without its own start and end tokens."""
         self._tokenizer = tokenizer
         self._is_usable = can_be_cut(tokenizer)
-        contents = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        added = tokenizer.get_added_tokens_decoder().values()
         # An added token that begins before the cut must not reach past what is known.
-        self._min_tail_chars = max(map(len, contents), default=0) + 2
+        self._min_tail_chars = max((len(token.content) for token in added), default=0) + 2
+        tokens = [
+            re.escape(token.content)
+            for token in added
+            if not (token.normalized or token.single_word or token.lstrip or token.rstrip)
+        ]
+        self._cut = re.compile("|".join([_END_OF_WORD, *(f"(?={token})" for token in tokens)]))
         self._text = ""
         self._ids: list[int] = []
 
@@ -98,7 +105,7 @@ class SharedHead:
 
     def _find_cut(self, shared: str) -> int:
         """Where a text that begins so may be cut, at the latest; 0 for nowhere."""
-        cuts = _END_OF_WORD.finditer(shared, 0, max(0, len(shared) - self._min_tail_chars))
+        cuts = self._cut.finditer(shared, 0, max(0, len(shared) - self._min_tail_chars))
         last = max((cut.start() for cut in cuts), default=0)
         return last if last >= _MIN_HEAD_CHARS else 0
 
