@@ -129,14 +129,14 @@ class ChatPrompts:
             for text, item in zip(texts, neutralized, strict=True)
             if isinstance(text, str) and not item.tokens
         ]
-        usual_ids = iter(self._encoder.encode_batch(usual))
+        encoded = iter(self._encoder.encode_prompts(usual, self._control))
         results: list[list[int] | RowError] = []
         for text, item in zip(texts, neutralized, strict=True):
             if isinstance(text, RowError):
                 results.append(text)
                 continue
-            token_ids = self._encode_parts(text, item) if item.tokens else next(usual_ids)
-            if self._mode == "allow" or self._is_safe(item, text, token_ids):
+            token_ids, count = self._encode_parts(text, item) if item.tokens else next(encoded)
+            if self._mode == "allow" or self._is_safe(item, text, count):
                 results.append(token_ids)
             else:
                 results.append(RowError.for_hidden_control_token(text))
@@ -180,14 +180,17 @@ class ChatPrompts:
             {placeholder: token for token, placeholder in placeholders.items()},
         )
 
-    def _encode_parts(self, text: str, item: _Neutralized) -> list[int]:
+    def _encode_parts(self, text: str, item: _Neutralized) -> tuple[list[int], int]:
+        """The ids with the row's control tokens as nothing but text, and how many are such."""
         parts = re.split(f"([{''.join(item.tokens)}])", text)
         is_plain = [part in item.tokens for part in parts]
-        return self._encoder.encode_parts([item.tokens.get(part, part) for part in parts], is_plain)
+        token_ids = self._encoder.encode_parts(
+            [item.tokens.get(part, part) for part in parts], is_plain
+        )
+        return token_ids, self._control.count(token_ids)
 
-    def _is_safe(self, item: _Neutralized, text: str, token_ids: Sequence[int]) -> bool:
-        """Whether every control token among the ids is the template's own."""
-        count = self._control.count(token_ids)
+    def _is_safe(self, item: _Neutralized, text: str, count: int) -> bool:
+        """Whether every one of the `count` control tokens is the template's own."""
         known = (item.conversation.structure, count)
         if count == 0 or known in self._known_counts:
             return True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _MIN_HEAD_CHARS = 32  # below, cutting costs more than it spares
+_MIN_LEARNED = 8  # texts, of a batch that may give a new head
 _NUM_CHECKED = 16  # texts, of a batch that gives a new head
 _END_OF_WORD = r"(?<=[A-Za-z.,:;!?])(?= [A-Za-z])"
 
@@ -41,6 +42,10 @@ _PATTERNS = frozenset(
 )
 
 
+EncodeAll = Callable[[Sequence[str]], list[list[int]]]
+Encoded = tuple[list[int], list[int]]  # the head's ids or none, and the others
+
+
 class SharedHead:
     """What the texts of the last batches begin with, and its tokens. For one thread."""
 
@@ -58,24 +63,23 @@ class SharedHead:
         ]
         self._cut = re.compile("|".join([_END_OF_WORD, *(f"(?={token})" for token in tokens)]))
         self._text = ""
-        self._ids: list[int] = []
+        self.ids: list[int] = []
 
-    def encode(
-        self, texts: Sequence[str], encode_all: Callable[[Sequence[str]], list[list[int]]]
-    ) -> list[list[int]]:
-        """The ids of each text. `encode_all` gives those of texts that are encoded whole."""
-        if not self._is_usable:
-            return encode_all(texts)
-        num_sharing = sum(text.startswith(self._text) for text in texts) if self._text else 0
-        if 2 * num_sharing < len(texts) or not self._text:
-            return self._learn(texts, encode_all)
-        return self._encode(texts, encode_all)
+    def encode(self, texts: Sequence[str], encode_all: EncodeAll) -> list[Encoded]:
+        """The ids of each text, in two parts. `encode_all` encodes texts whole."""
+        if self._is_usable and self._text:
+            is_sharing = [text.startswith(self._text) for text in texts]
+            if 2 * sum(is_sharing) >= len(texts):
+                return self._encode(texts, is_sharing, encode_all)
+        whole = encode_all(texts)
+        if self._is_usable and len(texts) >= _MIN_LEARNED:
+            self._learn(texts, whole, encode_all)
+        return [([], ids) for ids in whole]
 
     def _encode(
-        self, texts: Sequence[str], encode_all: Callable[[Sequence[str]], list[list[int]]]
-    ) -> list[list[int]]:
-        head, num_chars = self._text, len(self._text)
-        is_sharing = [text.startswith(head) for text in texts]
+        self, texts: Sequence[str], is_sharing: Sequence[bool], encode_all: EncodeAll
+    ) -> list[Encoded]:
+        num_chars = len(self._text)
         encoded = encode_all(
             [
                 text[num_chars:] if shares else text
@@ -83,25 +87,22 @@ class SharedHead:
             ]
         )
         return [
-            self._ids + ids if shares else ids
+            (self.ids if shares else [], ids)
             for ids, shares in zip(encoded, is_sharing, strict=True)
         ]
 
     def _learn(
-        self, texts: Sequence[str], encode_all: Callable[[Sequence[str]], list[list[int]]]
-    ) -> list[list[int]]:
-        """The ids of each text, all encoded whole; from now on, what they share is the head."""
-        whole = encode_all(texts)
-        if len(texts) < 2:
-            return whole
+        self, texts: Sequence[str], whole: Sequence[list[int]], encode_all: EncodeAll
+    ) -> None:
+        """From now on, the head is what these texts share, whose ids are `whole`."""
         shared = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071  of texts, not paths
         self._text = shared[: self._find_cut(shared)]
         if self._text:
-            self._ids = encode_all([self._text])[0]
+            self.ids = encode_all([self._text])[0]
             # It holds by what is said above, so if it does not, that is wrong for this tokenizer.
             some = texts[:_NUM_CHECKED]
-            self._is_usable = self._encode(some, encode_all) == whole[:_NUM_CHECKED]
-        return whole
+            encoded = self._encode(some, [True] * len(some), encode_all)
+            self._is_usable = [head + rest for head, rest in encoded] == whole[:_NUM_CHECKED]
 
     def _find_cut(self, shared: str) -> int:
         """Where a text that begins so may be cut, at the latest; 0 for nowhere."""

@@ -84,10 +84,25 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. Lets other threads run meanwhile."""
+        return [[*self.prefix, *ids, *self.suffix] for ids in self._encode_all(texts)]
+
+    def encode_prompts(
+        self, texts: Sequence[str], control: ControlTokens
+    ) -> list[tuple[list[int], int]]:
+        """The ids of each text, and how many of them are control tokens.
+
+        What many texts begin with is encoded and counted once.
+        """
         encoded = self._head.encode(texts, self._encode_all)
-        if not self.prefix and not self.suffix:
-            return encoded
-        return [[*self.prefix, *token_ids, *self.suffix] for token_ids in encoded]
+        in_head = control.count(self._head.ids)
+        in_frame = control.count(self.prefix) + control.count(self.suffix)
+        return [
+            (
+                [*self.prefix, *head, *rest, *self.suffix],
+                (in_head if head else 0) + control.count(rest) + in_frame,
+            )
+            for head, rest in encoded
+        ]
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
