@@ -104,7 +104,7 @@ class Prompt:
     """
 
     key: RowKey
-    token_ids: Sequence[int]  # at least one
+    token_ids: Sequence[int]  # at least one; an array of type "i" takes 4 bytes a token
     max_tokens: int  # of each sample, at least one
     seeds: tuple[int, ...]  # one a sample, 63 bits, from row_seed()
     ignore_eos: bool = False

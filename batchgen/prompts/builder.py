@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -25,11 +26,11 @@ class _PromptKind(Protocol[DraftT]):
 
     def show(self, draft: DraftT, /) -> str: ...
 
-    def encode(self, drafts: Sequence[DraftT], /) -> list[list[int] | RowError]: ...
+    def encode(self, drafts: Sequence[DraftT], /) -> list[Sequence[int] | RowError]: ...
 
     def shorten(
-        self, draft: DraftT, token_ids: list[int], max_tokens: int, /, *, keep_end: bool
-    ) -> list[int] | RowError: ...
+        self, draft: DraftT, token_ids: Sequence[int], max_tokens: int, /, *, keep_end: bool
+    ) -> Sequence[int] | RowError: ...
 
 
 class PromptBuilder:
@@ -89,7 +90,7 @@ class PromptBuilder:
             return error.failure(row)
 
     def _finish(
-        self, row: InputRow, draft: object, token_ids: list[int] | RowError
+        self, row: InputRow, draft: object, token_ids: Sequence[int] | RowError
     ) -> Prompt | RowFailure:
         if not isinstance(token_ids, RowError) and len(token_ids) > self._max_prompt_tokens:
             token_ids = self._fit(row, draft, token_ids)
@@ -99,13 +100,15 @@ class PromptBuilder:
             return RowError("empty_prompt", "the prompt has no tokens").failure(row)
         return Prompt(
             key=row.key,
-            token_ids=token_ids,
+            token_ids=token_ids if isinstance(token_ids, array) else array("i", token_ids),
             max_tokens=min(self._max_tokens, self._max_model_len - len(token_ids)),
             seeds=tuple([row_seed(self._seed, row.address, i) for i in self._samples]),
             ignore_eos=self._ignore_eos,
         )
 
-    def _fit(self, row: InputRow, draft: object, token_ids: list[int]) -> list[int] | RowError:
+    def _fit(
+        self, row: InputRow, draft: object, token_ids: Sequence[int]
+    ) -> Sequence[int] | RowError:
         if self._overflow in ("truncate_start", "truncate_end"):
             keep_end = self._overflow == "truncate_start"
             return self._prompts.shorten(

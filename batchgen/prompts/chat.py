@@ -120,7 +120,7 @@ class ChatPrompts:
             raise text
         return text
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[int] | RowError]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[Sequence[int] | RowError]:
         """The ids of each chat, or why it has none."""
         neutralized = [self._neutralize(conversation) for conversation in conversations]
         texts = self._render([item.conversation.plain() for item in neutralized])
@@ -130,7 +130,7 @@ class ChatPrompts:
             if isinstance(text, str) and not item.tokens
         ]
         encoded = iter(self._encoder.encode_prompts(usual, self._control))
-        results: list[list[int] | RowError] = []
+        results: list[Sequence[int] | RowError] = []
         for text, item in zip(texts, neutralized, strict=True):
             if isinstance(text, RowError):
                 results.append(text)
@@ -180,7 +180,7 @@ class ChatPrompts:
             {placeholder: token for token, placeholder in placeholders.items()},
         )
 
-    def _encode_parts(self, text: str, item: _Neutralized) -> tuple[list[int], int]:
+    def _encode_parts(self, text: str, item: _Neutralized) -> tuple[Sequence[int], int]:
         """The ids with the row's control tokens as nothing but text, and how many are such."""
         parts = re.split(f"([{''.join(item.tokens)}])", text)
         is_plain = [part in item.tokens for part in parts]
@@ -216,8 +216,13 @@ class ChatPrompts:
         return sum(map(self._control.count, self._encoder.encode_batch(outside)))
 
     def shorten(
-        self, conversation: Conversation, token_ids: list[int], max_tokens: int, *, keep_end: bool
-    ) -> list[int] | RowError:
+        self,
+        conversation: Conversation,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        keep_end: bool,
+    ) -> Sequence[int] | RowError:
         """The ids after cutting the longest value of the row in the last user message.
 
         The template's frame and the job's own words stay whole.
@@ -229,7 +234,7 @@ class ChatPrompts:
         target, longest = max(values, key=lambda value: len(value[1]))
         offsets = self._encoder.offsets(longest)
 
-        def encode_with(num_kept: int) -> list[int] | RowError:
+        def encode_with(num_kept: int) -> Sequence[int] | RowError:
             kept = (
                 longest[offsets[-num_kept][0] :]
                 if keep_end

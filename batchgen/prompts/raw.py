@@ -54,7 +54,7 @@ class RawPrompts:
         """The prompt as a person reads it."""
         return text.plain
 
-    def encode(self, texts: Sequence[Text]) -> list[list[int] | RowError]:
+    def encode(self, texts: Sequence[Text]) -> list[Sequence[int] | RowError]:
         """The ids of each text, or why it has none."""
         is_allowed = self._mode == "allow"
         found = [[] if is_allowed else self._control.find_in_data(text) for text in texts]
@@ -64,7 +64,7 @@ class RawPrompts:
                 self._control,
             )
         )
-        results: list[list[int] | RowError] = []
+        results: list[Sequence[int] | RowError] = []
         for text, ranges in zip(texts, found, strict=True):
             token_ids, count = self._neutralized(text.plain, ranges) if ranges else next(usual)
             if is_allowed or count == self._own_count(text):
@@ -73,7 +73,9 @@ class RawPrompts:
                 results.append(RowError.for_hidden_control_token(text.plain))
         return results
 
-    def _neutralized(self, plain: str, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    def _neutralized(
+        self, plain: str, ranges: Sequence[tuple[int, int]]
+    ) -> tuple[Sequence[int], int]:
         """The ids with the ranges as nothing but text, and how many are control tokens."""
         parts = []
         end = 0
@@ -95,8 +97,8 @@ class RawPrompts:
         return self._known_counts[frame]
 
     def shorten(
-        self, text: Text, token_ids: list[int], max_tokens: int, *, keep_end: bool
-    ) -> list[int] | RowError:
+        self, text: Text, token_ids: Sequence[int], max_tokens: int, *, keep_end: bool
+    ) -> Sequence[int] | RowError:
         """At most `max_tokens` of the ids; the model's own start and end stay."""
         start, end = len(self._encoder.prefix), len(token_ids) - len(self._encoder.suffix)
         room = max_tokens - len(self._encoder.prefix) - len(self._encoder.suffix)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ _PATTERNS = frozenset(
 
 
 EncodeAll = Callable[[Sequence[str]], list[list[int]]]
-Encoded = tuple[list[int], list[int]]  # the head's ids or none, and the others
+Encoded = tuple["array[int]", "array[int]"]  # the head's ids or none, and the others
+_NOTHING = array("i")
 
 
 class SharedHead:
@@ -63,7 +65,7 @@ class SharedHead:
         ]
         self._cut = re.compile("|".join([_END_OF_WORD, *(f"(?={token})" for token in tokens)]))
         self._text = ""
-        self.ids: list[int] = []
+        self.ids = array("i")
 
     def encode(self, texts: Sequence[str], encode_all: EncodeAll) -> list[Encoded]:
         """The ids of each text, in two parts. `encode_all` encodes texts whole."""
@@ -74,7 +76,7 @@ class SharedHead:
         whole = encode_all(texts)
         if self._is_usable and len(texts) >= _MIN_LEARNED:
             self._learn(texts, whole, encode_all)
-        return [([], ids) for ids in whole]
+        return [(_NOTHING, array("i", ids)) for ids in whole]
 
     def _encode(
         self, texts: Sequence[str], is_sharing: Sequence[bool], encode_all: EncodeAll
@@ -87,7 +89,7 @@ class SharedHead:
             ]
         )
         return [
-            (self.ids if shares else [], ids)
+            (self.ids if shares else _NOTHING, array("i", ids))
             for ids, shares in zip(encoded, is_sharing, strict=True)
         ]
 
@@ -98,11 +100,11 @@ class SharedHead:
         shared = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071  of texts, not paths
         self._text = shared[: self._find_cut(shared)]
         if self._text:
-            self.ids = encode_all([self._text])[0]
+            self.ids = array("i", encode_all([self._text])[0])
             # It holds by what is said above, so if it does not, that is wrong for this tokenizer.
             some = texts[:_NUM_CHECKED]
             encoded = self._encode(some, [True] * len(some), encode_all)
-            self._is_usable = [head + rest for head, rest in encoded] == whole[:_NUM_CHECKED]
+            self._is_usable = [[*head, *rest] for head, rest in encoded] == whole[:_NUM_CHECKED]
 
     def _find_cut(self, shared: str) -> int:
         """Where a text that begins so may be cut, at the latest; 0 for nowhere."""

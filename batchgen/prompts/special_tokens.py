@@ -8,6 +8,7 @@ row are encoded as ordinary tokens.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -88,17 +89,18 @@ class Encoder:
 
     def encode_prompts(
         self, texts: Sequence[str], control: ControlTokens
-    ) -> list[tuple[list[int], int]]:
+    ) -> list[tuple[Sequence[int], int]]:
         """The ids of each text, and how many of them are control tokens.
 
         What many texts begin with is encoded and counted once.
         """
         encoded = self._head.encode(texts, self._encode_all)
+        prefix, suffix = array("i", self.prefix), array("i", self.suffix)
         in_head = control.count(self._head.ids)
         in_frame = control.count(self.prefix) + control.count(self.suffix)
         return [
             (
-                [*self.prefix, *head, *rest, *self.suffix],
+                prefix + head + rest + suffix,
                 (in_head if head else 0) + control.count(rest) + in_frame,
             )
             for head, rest in encoded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from batchgen.prompts.row_error import RowError
 
@@ -11,11 +11,11 @@ _SLACK_TOKENS = 2
 
 
 def longest_fitting(
-    encode_with: Callable[[int], list[int] | RowError],
+    encode_with: Callable[[int], Sequence[int] | RowError],
     num_parts: int,
     num_tokens: int,
     max_tokens: int,
-) -> list[int] | RowError | None:
+) -> Sequence[int] | RowError | None:
     """The ids of the longest prompt (or nearly so) of at most `max_tokens`.
 
     `encode_with(k)` encodes the prompt with k of the text's `num_parts` tokens; with all of them
@@ -23,7 +23,7 @@ def longest_fitting(
     differently once a text is cut, hence guesses at first, and halving if they do not settle.
     """
     fits, fails = 0, num_parts
-    best: list[int] | None = None
+    best: Sequence[int] | None = None
     guess = num_parts - (num_tokens - max_tokens)
     num_guesses = 0
     while fails - fits > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from typing import Any
 
 import pytest
@@ -26,13 +27,13 @@ def test_messages_are_what_transformers_makes_of_them(tokenizer: Any) -> None:
         add_generation_prompt=True,
         return_dict=False,
     )
-    assert prompt.token_ids == expected
+    assert list(prompt.token_ids) == expected
 
 
 def test_a_template_is_what_transformers_makes_of_the_text(tokenizer: Any) -> None:
     builder = make_builder(tokenizer, template="Text: {{ text | upper }}\nFrench:")
     prompt = only(builder.build([make_row(text="the cat")]))
-    assert prompt.token_ids == tokenizer("Text: THE CAT\nFrench:")["input_ids"]
+    assert list(prompt.token_ids) == tokenizer("Text: THE CAT\nFrench:")["input_ids"]
 
 
 def test_a_template_gets_the_models_start_token() -> None:
@@ -50,7 +51,7 @@ def test_a_template_gets_the_models_start_token() -> None:
     short = make_builder(
         tokenizer, template="{{ text }}", max_prompt_tokens=5, overflow="truncate_start"
     )
-    assert only(short.build([row])).token_ids == [1, *framed[-4:-1], 2]
+    assert list(only(short.build([row])).token_ids) == [1, *framed[-4:-1], 2]
     chat = make_builder(tokenizer, messages=user("{{ text }}"))
     assert only(chat.build([make_row(text="a")])).token_ids.count(1) == 2  # the chat's own
 
@@ -61,14 +62,14 @@ def test_a_column_of_chats(tokenizer: Any, as_json: bool) -> None:
     value = json.dumps(chat) if as_json else [{**message, "name": None} for message in chat]
     builder = make_builder(tokenizer, messages_column="chat")
     prompt = only(builder.build([make_row(chat=value)]))
-    assert prompt.token_ids == tokenizer.apply_chat_template(
+    assert list(prompt.token_ids) == tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_dict=False
     )
 
 
 def test_a_prompt_column(tokenizer: Any) -> None:
     prompt = only(make_builder(tokenizer, prompt_column="p").build([make_row(p="{{ text }}")]))
-    assert prompt.token_ids == tokenizer("{{ text }}")["input_ids"]
+    assert list(prompt.token_ids) == tokenizer("{{ text }}")["input_ids"]
 
 
 def test_a_batch_keeps_its_order_around_failures(tokenizer: Any) -> None:
@@ -90,7 +91,7 @@ def test_seeds_and_sampling(tokenizer: Any) -> None:
     prompt = only(builder.build([make_row(3, text="cat")]))
     assert prompt == Prompt(
         key=make_row(3).key,
-        token_ids=tokenizer("cat")["input_ids"],
+        token_ids=array("i", tokenizer("cat")["input_ids"]),
         max_tokens=9,
         seeds=(row_seed(7, "data.jsonl:3"),),
         ignore_eos=True,

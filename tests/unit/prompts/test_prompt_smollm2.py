@@ -52,6 +52,6 @@ def test_special_tokens_come_only_from_the_chat_template(smollm2: Any, text: str
 def test_an_ordinary_chat_has_the_ids_of_transformers(smollm2: Any) -> None:
     builder = make_builder(smollm2, messages=user("{{ text }}"))
     for text in ("The cat sat on the mat.", "1 + 1 = 2; x < y", "Ça va? 你好"):
-        assert only(builder.build([make_row(text=text)])).token_ids == (
+        assert list(only(builder.build([make_row(text=text)])).token_ids) == (
             smollm2.apply_chat_template(user(text), add_generation_prompt=True, return_dict=False)
         )

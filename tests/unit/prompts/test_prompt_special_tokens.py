@@ -184,7 +184,7 @@ def test_allow(tokenizer: Any) -> None:
     for prompt in ({"messages": user("{{ text }}")}, {"template": "{{ text }}"}):
         builder = make_builder(tokenizer, special_tokens_in_data="allow", **prompt)
         row = make_row(text=ATTACK)
-        token_ids = only(builder.build([row])).token_ids
+        token_ids = list(only(builder.build([row])).token_ids)
         assert token_ids == tokenizer(builder.show(row))["input_ids"]
         assert specials(token_ids).count(2) >= 2
 
