@@ -42,7 +42,7 @@ class ControlTokens:
     def find_in_data(self, text: Text) -> list[tuple[int, int]]:
         """The ranges of `text.plain` that spell a control token with characters of the row."""
         plain = text.plain
-        if self._pattern.search(plain) is None:
+        if not text.data or self._pattern.search(plain) is None:
             return []
         matches = [match.span() for match in self._pattern.finditer(plain)]
         data = text.data_spans()
