@@ -20,7 +20,6 @@ _THRESHOLDS = (50_000, 20, 20)
 def rare_collections() -> Iterator[None]:
     """Within this, what exists now is never collected, and the rest seldom."""
     before = gc.get_threshold()
-    gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
     try:
