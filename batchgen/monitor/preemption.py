@@ -209,9 +209,18 @@ def stop_error(notice: StopNotice, saved: SavedWork) -> Preempted | Interrupted:
     return Preempted(text) if notice.reason == "preempted" else Interrupted(text)
 
 
+def watched_signals(spec: PreemptionSpec) -> frozenset[signal.Signals]:
+    """The signals that are a job's notices of preemption."""
+    return frozenset(_SIGNALS[name] for name in _sources(spec) if name in _SIGNALS)
+
+
+def _sources(spec: PreemptionSpec) -> Sequence[str]:
+    return DEFAULT_SOURCES if spec.watch == "auto" else spec.watch
+
+
 def watch_for(spec: PreemptionSpec, on_deadline: Callable[[StopNotice], None]) -> StopWatch:
     """The watch that a job asks for."""
-    sources = DEFAULT_SOURCES if spec.watch == "auto" else spec.watch
+    sources = _sources(spec)
     pollers: Mapping[str, Callable[[], Poller]] = {
         "aws": lambda: AwsPoller(spec.endpoints.aws),
         "gcp": lambda: GcpPoller(spec.endpoints.gcp),
