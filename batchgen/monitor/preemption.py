@@ -157,10 +157,13 @@ class StopWatch:
 
     def _note_signal(self, number: int) -> None:
         if number == signal.SIGINT:
+            is_first = self.notice is None
             now_s = time.monotonic()
             self._note(
                 StopNotice(reason="interrupted", text="SIGINT", received_s=now_s, deadline_s=None)
             )
+            if is_first:  # what comes now may take as long as loading the model
+                _log.warning("interrupted: saving what there is; a second Ctrl-C ends it at once")
         elif number in self._names:  # others have handlers of their own
             name = self._names[signal.Signals(number)]
             lead_time_s = self._lead_time_s or LEAD_TIMES_S[name]

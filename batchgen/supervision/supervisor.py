@@ -70,13 +70,11 @@ def supervise(work: Work, notices: Container[signal.Signals]) -> int:
                 signals.end_by(signals.last)
             if is_group_done:
                 hunt.ended()
-                assignment = hunt.next()
             else:
                 report = end.report
                 hunt.died(end.why, report.suspects, num_ended=report.num_ended)
-                assignment = hunt.next()
-                _say(end, assignment)
-            assignment = replace(assignment, is_restart=True)
+            assignment = replace(hunt.next(), is_restart=True)
+            _say(end, assignment)
     return work(end)
 
 
@@ -164,11 +162,19 @@ def _end_with(alive: int) -> None:
 
 
 def _say(end: _WorkerEnd, assignment: Assignment) -> None:
-    if assignment.only is None:
-        what = "the row that it had alone becomes a dead letter"
+    """What comes after a worker's end."""
+    rows, num_suspects = assignment.only, len(end.report.suspects)
+    if end.is_death and rows is not None:
+        text = (
+            f"{end.why}; to find the row that did it, {len(rows)} of its {num_suspects} run alone"
+        )
+    elif end.is_death:
+        text = f"{end.why}; the row that it had alone becomes a dead letter, and the run goes on"
+    elif rows is not None:
+        text = f"these rows did not do it; the next {len(rows)} run alone"
     else:
-        what = f"running {len(assignment.only)} of its {len(end.report.suspects)} rows alone"
-    sys.stderr.write(f"{end.why}: {what}\n")
+        text = "no row did it alone; the run goes on with all"
+    sys.stderr.write(f"warning: {text}\n")
 
 
 class _Signals:
