@@ -20,6 +20,7 @@ from batchgen.commands.check import plan, preview, validate
 from batchgen.commands.job_files import init, schema
 from batchgen.commands.outcome import errors, status, verify
 from batchgen.commands.run import retry, run
+from batchgen.commands.stderr import keep_stderr
 from batchgen.errors import BatchgenError, Interrupted, Preempted, UnsupportedError
 from batchgen.redaction import environment_secrets, mask_values, redact, redact_message
 
@@ -70,6 +71,7 @@ for _name, _instead in _NOT_BUILT.items():
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit the process with the code that the contract gives."""
     process_id = os.getpid()
+    keep_stderr()
     code = _run_command(argv)
     # A worker, forked by `supervise`: what the caller does next is the parent's alone. After a
     # notice all is saved, and to take the interpreter apart takes seconds that may not be left.

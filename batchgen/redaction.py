@@ -30,6 +30,8 @@ _NAMED_SECRET = re.compile(
     re.IGNORECASE,
 )
 _MIN_SECRET_CHARS = 6
+# Of shells: the folder that one is in, and the one before it.
+_WORKING_FOLDERS = frozenset({"PWD", "OLDPWD"})
 _URI_WITH_SECRET = re.compile(
     rf"\w+://[^/\s]*:[^/\s]*@|[?&;][\w.%-]*{_SECRET_WORDS}[\w.%-]*=|https?://[^?]*\?.*=",
     re.IGNORECASE,
@@ -72,7 +74,11 @@ def secret_values(options: Mapping[str, object]) -> set[str]:
 
 def environment_secrets() -> dict[str, str]:
     """The variables of the environment that name secrets, as options for `redact_message`."""
-    return {name: value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _SECRET_NAME.search(name) and name not in _WORKING_FOLDERS
+    }
 
 
 def _named_texts(value: object, name: str = "") -> Iterator[tuple[str, str]]:

@@ -138,6 +138,8 @@ def check_job(spec: JobSpec) -> InputPlan:
 
 def check_plan(spec: JobSpec, plan: InputPlan) -> None:
     """Check the output's columns and the templates against the planned input."""
+    if not plan.units and not plan.schema.names:  # the columns of JSONL are those of its rows
+        raise InputError(f"the input has no rows: {redact(plan.files[0].uri)} is empty")
     check_columns(spec.prompt, plan.schema.names)
     output_schema(spec.output, plan.schema, num_samples=spec.sampling.n, has_beams=spec.has_beams)
     for row in read_sample(spec.input, plan, 1):
@@ -202,9 +204,10 @@ def _refuse_foreign_files(output: Storage, ledger_storage: Storage) -> None:
     # Asked after the listing: job.json is there before every other file of a runner that began
     # the job meanwhile.
     if found and read_job(ledger_storage) is None:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise UsageError(
-            f"output.uri {redact(output.uri)} is not empty ({found[0]} and "
-            f"{len(found) - 1} more files) and holds no ledger of a run; choose another folder"
+            f"output.uri {redact(output.uri)} holds files ({found[0]}{more}), but no ledger of a "
+            "run; choose another folder"
         )
 
 

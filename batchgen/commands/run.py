@@ -104,4 +104,6 @@ def run_supervised(
 
     if spec.errors.on_error == "fail":
         return work_and_print(None)
-    return supervise(work_and_print)
+    from batchgen.monitor.preemption import watched_signals
+
+    return supervise(work_and_print, watched_signals(spec.preemption))

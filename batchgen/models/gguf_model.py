@@ -82,7 +82,9 @@ def _open(path: Path) -> _GgufModel:
     try:
         reader = GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read as GGUF: {error}") from error
+        raise ModelError(
+            f"{path}: cannot be read as GGUF, it is truncated or damaged ({error}); get it again"
+        ) from error
     architecture = _field(reader, "general.architecture")
     if architecture not in _ARCHITECTURES:
         raise UnsupportedError(

@@ -174,13 +174,19 @@ class _AzureEvents(BaseModel):
 
 
 class AzurePoller:
-    """Azure: a scheduled event of type Preempt. Events name the machines that they are for,
-    because all of a scale set or availability set hear of them."""
+    """Azure: a scheduled event that deletes this machine.
+
+    Preempt evicts a spot machine, Terminate deletes one of a scale set that asks to be told. After
+    Freeze, Reboot and Redeploy the machine is back, and they may be announced days ahead. Events
+    name the machines that they are for, because all of a scale set or availability set hear of
+    them. They are not approved (POST StartRequests): that would only let them begin sooner.
+    """
 
     name: ClassVar[str] = "azure"
     interval_s: ClassVar[float] = 1.0  # what the documentation recommends
     timeout_s: ClassVar[float] = 5.0
     first_timeout_s: ClassVar[float] = 150.0  # the first events may take two minutes
+    deletions: ClassVar[frozenset[str]] = frozenset(("Preempt", "Terminate"))
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
@@ -199,9 +205,9 @@ class AzurePoller:
         self._is_warm = True
         for event in events:
             names = [name.casefold() for name in event.resources]
-            if event.event_type == "Preempt" and machine.casefold() in names:
-                when = event.not_before or "now"
-                return CloudNotice(text=f"Azure: Preempt, {when}", at=_http_date(event.not_before))
+            if event.event_type in self.deletions and machine.casefold() in names:
+                text = f"Azure: {event.event_type}, {event.not_before or 'now'}"
+                return CloudNotice(text=text, at=_http_date(event.not_before))
         return None
 
     def _ask_name(self) -> str:

@@ -157,10 +157,13 @@ class StopWatch:
 
     def _note_signal(self, number: int) -> None:
         if number == signal.SIGINT:
+            is_first = self.notice is None
             now_s = time.monotonic()
             self._note(
                 StopNotice(reason="interrupted", text="SIGINT", received_s=now_s, deadline_s=None)
             )
+            if is_first:  # what comes now may take as long as loading the model
+                _log.warning("interrupted: saving what there is; a second Ctrl-C ends it at once")
         elif number in self._names:  # others have handlers of their own
             name = self._names[signal.Signals(number)]
             lead_time_s = self._lead_time_s or LEAD_TIMES_S[name]
@@ -209,9 +212,18 @@ def stop_error(notice: StopNotice, saved: SavedWork) -> Preempted | Interrupted:
     return Preempted(text) if notice.reason == "preempted" else Interrupted(text)
 
 
+def watched_signals(spec: PreemptionSpec) -> frozenset[signal.Signals]:
+    """The signals that are a job's notices of preemption."""
+    return frozenset(_SIGNALS[name] for name in _sources(spec) if name in _SIGNALS)
+
+
+def _sources(spec: PreemptionSpec) -> Sequence[str]:
+    return DEFAULT_SOURCES if spec.watch == "auto" else spec.watch
+
+
 def watch_for(spec: PreemptionSpec, on_deadline: Callable[[StopNotice], None]) -> StopWatch:
     """The watch that a job asks for."""
-    sources = DEFAULT_SOURCES if spec.watch == "auto" else spec.watch
+    sources = _sources(spec)
     pollers: Mapping[str, Callable[[], Poller]] = {
         "aws": lambda: AwsPoller(spec.endpoints.aws),
         "gcp": lambda: GcpPoller(spec.endpoints.gcp),

@@ -4,6 +4,9 @@ The worker is forked before anything heavy is imported or any thread is started,
 stays small, and a worker after a death is as clean as the first. It has a process group of its
 own: a terminal's Ctrl-C goes to the parent alone, which passes it on once. A worker whose parent
 is gone ends at once.
+
+Until a worker watches for signals, and when it no longer does, they end it: it has nothing to
+save then. The parent makes of that what the command promises.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import NoReturn
 
-from batchgen.errors import BatchgenError, Interrupted, Preempted
+from batchgen.errors import Interrupted, Preempted
 from batchgen.supervision.hunt import Hunt
 from batchgen.supervision.line import Assignment, Worker, WorkerReport
 
@@ -42,34 +46,35 @@ _READ_BYTES = 1 << 16
 Work = Callable[[Worker], int]
 
 
-def supervise(work: Work) -> int:
+def supervise(work: Work, notices: Container[signal.Signals]) -> int:
     """Run `work` in a process of its own until it has ended; its exit code.
 
     It returns in the worker, too, with what `work` returns: the caller ends either process with
-    that code. What `work` raises passes through in the worker. Raises BatchgenError in the parent
-    where workers die again and again. Call it on the main thread, without others.
+    that code. What `work` raises passes through in the worker. In the parent, raises BatchgenError
+    where workers die again and again, Preempted where one of `notices` has ended the run, and
+    Interrupted where SIGINT has. Call it on the main thread, without others.
     """
     hunt = Hunt()
     assignment = hunt.next()
-    with _Signals() as signals:
+    with _Signals(notices) as signals:
         while True:
             end = _run_worker(assignment, signals)
             if isinstance(end, Worker):
                 break
             is_group_done = end.code == 0 and assignment.only is not None
             if not end.is_death and not is_group_done:
-                return signals.end_as(end)
+                if end.number is not None:
+                    signals.end_by(end.number)
+                return end.code
             if signals.last is not None:
-                raise _stopped(signals.last)
+                signals.end_by(signals.last)
             if is_group_done:
                 hunt.ended()
-                assignment = hunt.next()
             else:
                 report = end.report
                 hunt.died(end.why, report.suspects, num_ended=report.num_ended)
-                assignment = hunt.next()
-                _say(end, assignment)
-            assignment = replace(assignment, is_restart=True)
+            assignment = replace(hunt.next(), is_restart=True)
+            _say(end, assignment)
     return work(end)
 
 
@@ -103,10 +108,14 @@ def _run_worker(assignment: Assignment, signals: _Signals) -> _WorkerEnd | Worke
     sys.stderr.flush()
     with signals.held():
         if signals.last is not None:  # it came when there was no worker
-            raise _stopped(signals.last)
+            number = signals.last
+            return _WorkerEnd(code=-number, number=number, report=WorkerReport())
         pid = os.fork()
         if pid == 0:
             signals.restore()
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                # A KeyboardInterrupt amid imports may be lost, or come out as another error.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.close(told)
             os.close(hold)
             os.setpgid(0, 0)
@@ -153,24 +162,26 @@ def _end_with(alive: int) -> None:
 
 
 def _say(end: _WorkerEnd, assignment: Assignment) -> None:
-    if assignment.only is None:
-        what = "the row that it had alone becomes a dead letter"
+    """What comes after a worker's end."""
+    rows, num_suspects = assignment.only, len(end.report.suspects)
+    if end.is_death and rows is not None:
+        text = (
+            f"{end.why}; to find the row that did it, {len(rows)} of its {num_suspects} run alone"
+        )
+    elif end.is_death:
+        text = f"{end.why}; the row that it had alone becomes a dead letter, and the run goes on"
+    elif rows is not None:
+        text = f"these rows did not do it; the next {len(rows)} run alone"
     else:
-        what = f"running {len(assignment.only)} of its {len(end.report.suspects)} rows alone"
-    sys.stderr.write(f"{end.why}: {what}\n")
-
-
-def _stopped(number: signal.Signals) -> BatchgenError:
-    again = "what was flushed is saved: run the same command again to go on"
-    if number == signal.SIGINT:
-        return Interrupted(f"interrupted; {again}")
-    return Preempted(f"preempted; {again}")
+        text = "no row did it alone; the run goes on with all"
+    sys.stderr.write(f"warning: {text}\n")
 
 
 class _Signals:
     """While entered, signals that ask a run to stop go to the worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, notices: Container[signal.Signals]) -> None:
+        self._notices = notices
         self.worker: int | None = None
         self.last: signal.Signals | None = None
         self._previous: dict[signal.Signals, object] = {}
@@ -201,12 +212,19 @@ class _Signals:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_PASSED_ON, signal.SIGTSTP))
 
-    def end_as(self, end: _WorkerEnd) -> int:
-        """The worker's exit code. If a signal has ended it, that ends this process, too."""
-        if end.number is not None:
-            signal.signal(end.number, signal.SIG_DFL)
-            os.kill(os.getpid(), end.number)
-        return end.code
+    def end_by(self, number: signal.Signals) -> NoReturn:
+        """End the run by a signal that has ended the worker, or came when there was none.
+
+        Raises Preempted or Interrupted; any other signal ends this process, too.
+        """
+        saved = f"({number.name}); what was flushed is saved; run the same command again to go on"
+        if number == signal.SIGINT:
+            raise Interrupted(f"interrupted {saved}")
+        if number in self._notices:
+            raise Preempted(f"preempted {saved}")
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)  # process 1 of a container, which no signal ends by default
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.last = signal.Signals(number)

@@ -1,9 +1,9 @@
 """A supervised run whose engine dies of poisoned rows, in real processes.
 
-Its arguments are JOB LOG [--poison ROW:HOW ...] [--once HOW] [--at-start HOW] [--retry] [-o ...].
-HOW is a signal's name, `raise` or `hang`. LOG gets a line for each worker that has started. With
---once, the first worker dies when it has some rows done; with --at-start, before its engine has a
-row.
+Its arguments are JOB LOG [--poison ROW:HOW ...] [--once HOW] [--at-start HOW] [--wait-in WORKER]
+[--retry] [-o ...]. HOW is a signal's name, `raise` or `hang`. LOG gets a line for each worker that
+has started. With --once, the first worker dies when it has some rows done; with --at-start, before
+its engine has a row. With --wait-in, the worker of this number waits before it does anything.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--poison", action="append", default=[])
     parser.add_argument("--once")
     parser.add_argument("--at-start")
+    parser.add_argument("--wait-in", type=int)
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("-o", dest="overrides", action="append", default=[])
@@ -114,6 +115,8 @@ def _run(options: argparse.Namespace) -> int:
         rows = None if worker is None else worker.assignment.only
         with options.log.open("a") as log:
             log.write(f"{os.getpid()} {'all' if rows is None else len(rows)}\n")
+        if options.log.read_text().count("\n") == options.wait_in:
+            signal.pause()
 
         def make_engine(*_: object) -> StandInEngine:
             if options.at_start:

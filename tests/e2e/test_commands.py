@@ -264,7 +264,7 @@ def test_a_ledger_elsewhere_does_not_let_two_jobs_share_an_output(
     assert batchgen("run", first).returncode == 0
     before = read_output(tmp_path / "shared")
     other = ("-o", "sampling.seed=8", "-o", f"checkpoint.uri={tmp_path / 'ledger-2'}")
-    assert "not empty" in refused("run", first, *other, code=2)
+    assert "but no ledger of a run" in refused("run", first, *other, code=2)
     elsewhere = ("-o", f"output.uri={tmp_path / 'other'}")
     assert "output.uri" in refused("run", first, *elsewhere, code=5)
     assert read_output(tmp_path / "shared") == before

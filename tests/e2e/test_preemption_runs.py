@@ -6,6 +6,7 @@ output is that of a run which was never stopped.
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from e2e_jobs import ROOT, make_rows, read_output, write_job, write_jsonl
 from batchgen.dataset.storage import Storage
 from batchgen.job.loading import load_job
 from batchgen.runner import run_job
-from tests.unit.monitor.cloud_metadata import CloudMetadata
+from tests.unit.monitor.cloud_metadata import CloudMetadata, azure_event
 
 LEAD_S = 20.0
 SAVED = re.compile(
@@ -72,6 +74,12 @@ def stop_one_life(job: Path, uri: Path, source: str, cloud: CloudMetadata) -> St
     return Stop(who=said["who"], seconds=seconds, said_s=float(said["seconds"]), **numbers)
 
 
+def azure_events_that_are_no_notice() -> list[dict[str, object]]:
+    """Of another machine, and of this one, that it comes back from."""
+    soon = format_datetime(dt.datetime.now(dt.UTC) + dt.timedelta(seconds=30), usegmt=True)
+    return [azure_event(soon, machines=("spot-vm_4",)), azure_event(soon, kind="Freeze")]
+
+
 def run_to_its_end(job: Path, uri: Path, *more: str) -> str:
     """In this process, many rows at a time; the summary."""
     faster = [f"output.uri={uri}", "engine.max_num_seqs=32", *more]
@@ -83,7 +91,7 @@ def run_to_its_end(job: Path, uri: Path, *more: str) -> str:
     [
         # AWS is asked every five seconds: the job must last.
         (("sigterm", "aws"), 80, {"ignore_eos": True, "frequency_penalty": 0.2}),
-        (("sigusr1", "gcp"), 20, {"n": 3, "temperature": 0.9, "min_tokens": 4}),
+        (("sigusr1", "gcp", "azure"), 20, {"n": 3, "temperature": 0.9, "min_tokens": 4}),
     ],
     ids=["greedy", "samples"],
 )
@@ -108,7 +116,10 @@ def test_a_run_that_is_stopped_again_and_again_equals_one_that_was_not(
     stops = []
     for source in sources:
         with CloudMetadata() as cloud:
+            cloud.events = azure_events_that_are_no_notice()
             stops.append(stop_one_life(job, stopped, source, cloud))
+            assert any("/scheduledevents" in request for request in cloud.requests)
+            assert not any(request.startswith("POST") for request in cloud.requests)
     for source, stop in zip(sources, stops, strict=True):
         sys.stdout.write(f"{source}: {stop}\n")  # shown by pytest -rP
         assert stop.who.lower().startswith(source)

@@ -22,7 +22,7 @@ from e2e_jobs import (
 )
 from standin import StandInEngine
 
-from batchgen.errors import EngineError
+from batchgen.errors import EngineError, InputError
 from batchgen.job.loading import load_job
 from batchgen.records import Prompt, PromptSource
 from batchgen.runner import RunReport, run_job
@@ -161,6 +161,12 @@ def test_an_input_without_rows_gives_an_empty_dataset(tmp_path: Path, tiny_model
     job = write_job(tmp_path, tiny_model, input={"uri": str(tmp_path / "data.parquet")})
     assert run_stand_in(job).counts.total == 0
     assert read_output(tmp_path / "out") == []
+
+
+def test_an_input_without_rows_and_columns_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    write_jsonl(tmp_path / "data.jsonl", [])
+    with pytest.raises(InputError, match=r"the input has no rows: .*data\.jsonl is empty"):
+        run_stand_in(write_job(tmp_path, tiny_model))
 
 
 class StopHalfWayError(Exception):

@@ -8,7 +8,13 @@ from batchgen.dataset.storage import Storage
 from batchgen.errors import JobFileError, UsageError
 from batchgen.job.loading import load_job
 from batchgen.job.spec import InputSpec
-from batchgen.redaction import has_secret, redact, redact_message, secret_values
+from batchgen.redaction import (
+    environment_secrets,
+    has_secret,
+    redact,
+    redact_message,
+    secret_values,
+)
 
 SECRET = "hunter2hunter2"
 
@@ -92,6 +98,15 @@ def test_a_message_loses_the_values_of_the_options() -> None:
     )
     assert redact_message(text, options) == "*** *** *** *** *** stays"
     assert "http://stays" not in secret_values(options)
+
+
+def test_the_environment_names_secrets_and_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PWD", "OLDPWD"):
+        monkeypatch.setenv(name, "/srv/jobs")
+    for name in ("DB_PWD", "HF_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    text = redact_message(f"/srv/jobs/data holds no {SECRET}", environment_secrets())
+    assert text == "/srv/jobs/data holds no ***"
 
 
 def test_words_that_only_look_like_names_of_secrets_stay() -> None:

@@ -20,6 +20,7 @@ from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 MACHINE = "spot-vm_3"
+AZURE_VERSIONS = ("2017-11-01", "2019-01-01", "2019-04-01", "2019-08-01", "2020-07-01")
 TOKEN_TTL = "X-aws-ec2-metadata-token-ttl-seconds"
 TOKEN = "X-aws-ec2-metadata-token"
 
@@ -54,6 +55,9 @@ class CloudMetadata:
 
             def do_PUT(self) -> None:
                 self._answer(cloud.put)
+
+            def do_POST(self) -> None:  # Azure's approval of an event, which ends its notice
+                self._answer(lambda path, headers: Reply(200))
 
             def _answer(self, respond: object) -> None:
                 cloud.requests.append(f"{self.command} {self.path}")
@@ -148,7 +152,10 @@ class CloudMetadata:
             return Reply(200, MACHINE.encode() if query.get("format") == "text" else b"{}")
         if path != "/metadata/scheduledevents":
             return Reply(404)
-        return Reply(200, json.dumps({"DocumentIncarnation": 1, "Events": self.events}).encode())
+        if query["api-version"] not in AZURE_VERSIONS:
+            return Reply(400)
+        document = {"DocumentIncarnation": 1 + len(self.events), "Events": self.events}
+        return Reply(200, json.dumps(document).encode())
 
 
 def azure_event(

@@ -17,6 +17,7 @@ POLLERS: dict[str, Callable[[str], Poller]] = {
     "gcp": GcpPoller,
     "azure": AzurePoller,
 }
+AZURE_DELETIONS = ("Preempt", "Terminate")
 
 
 @pytest.fixture
@@ -84,10 +85,12 @@ def test_gcp_misses_no_change_between_two_requests(cloud: CloudMetadata) -> None
     assert time.monotonic() - started < 5.0
 
 
-def test_azure_heeds_preemptions_of_its_own_machine_only(cloud: CloudMetadata) -> None:
+def test_azure_heeds_deletions_of_its_own_machine_only(cloud: CloudMetadata) -> None:
     poller = AzurePoller(cloud.endpoint)
     when = "Mon, 19 Sep 2016 18:29:47 GMT"
-    cloud.events = [azure_event(when, machines=("spot-vm_4",)), azure_event(when, kind="Reboot")]
+    others = [azure_event(when, kind=kind) for kind in ("Freeze", "Reboot", "Redeploy")]
+    others += [azure_event(when, kind=kind, machines=("spot-vm_4",)) for kind in AZURE_DELETIONS]
+    cloud.events = others.copy()
     assert poller.poll() is None
     cloud.events.append(azure_event(when, machines=("spot-vm_4", "SPOT-VM_3")))
     found = poller.poll()
@@ -97,6 +100,11 @@ def test_azure_heeds_preemptions_of_its_own_machine_only(cloud: CloudMetadata) -
     begun = poller.poll()
     assert begun is not None
     assert begun.at is None
+    for kind in AZURE_DELETIONS:
+        cloud.events = [*others, azure_event(when, kind=kind)]
+        found = poller.poll()
+        assert found is not None
+        assert found.text == f"Azure: {kind}, {when}"
     assert sum("compute/name" in request for request in cloud.requests) == 1
 
 

@@ -69,7 +69,9 @@ def seconds_given(notice: StopNotice) -> float:
         (signal.SIGINT, "interrupted"),
     ],
 )
-def test_reasons_and_restored_handlers(number: signal.Signals, reason: str) -> None:
+def test_reasons_and_restored_handlers(
+    number: signal.Signals, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     before = [signal.getsignal(n) for n in WATCHED]
     with StopWatch() as watch:
         assert watch.notice is None
@@ -80,6 +82,7 @@ def test_reasons_and_restored_handlers(number: signal.Signals, reason: str) -> N
         assert (notice.deadline_s is None) == (reason == "interrupted")
     assert [signal.getsignal(n) for n in WATCHED] == before
     assert signal.set_wakeup_fd(-1) == -1
+    assert ("a second Ctrl-C ends it at once" in caplog.text) == (reason == "interrupted")
 
 
 def test_only_the_signals_asked_for_are_watched() -> None:
