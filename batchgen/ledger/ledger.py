@@ -90,6 +90,7 @@ class Ledger:
         self._retry_id = ""
         self._run_id = secrets.token_hex(8)
         self._num_flushes = 0
+        self._recorded: EngineStats | None = None  # what this run's record has
         self._claimed: set[int] = set()
         self._units_of_partial: dict[str, frozenset[int]] = {}
         self._unfinished: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
@@ -362,10 +363,16 @@ class Ledger:
         return commit.run_id == self._run_id
 
     def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
-        """Keeps what the engine has done in this run, in the place of what was kept before."""
+        """Keeps what the engine has done in this run, in the place of what was kept before.
+
+        Writes nothing where only the time has gone on: flushes come in idle hours, too.
+        """
+        if engine == self._recorded:
+            return
         run_id = self._run_id
         run = RunRecord(job_id=self._job.job_id, run_id=run_id, wall_s=wall_s, engine=engine)
         self._storage.put(run_path(run_id), encode_run(run))
+        self._recorded = engine
 
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only; once all are committed,
