@@ -305,7 +305,7 @@ def _generate(
             finally:
                 watch()  # what is shown last is how it ended
                 with contextlib.suppress(StorageError):
-                    ledger.give_up_claims()
+                    ledger.claims.give_up()
     return engine.stats()
 
 
