@@ -306,10 +306,10 @@ def test_a_retry_leaves_new_files_to_a_run(
 def test_a_run_that_was_paused_before_it_published_damages_nothing(
     tmp_path: Path, tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchgen import runner
+    from batchgen import publishing
 
     job = make_job(tmp_path, tiny_model)
-    publish = runner.publish
+    publish = publishing.publish
     calls = itertools.count()
 
     def late(*arguments: Any, **options: Any) -> None:
@@ -319,7 +319,7 @@ def test_a_run_that_was_paused_before_it_published_damages_nothing(
             check(job, OLD + NEW, tokenizer)
         publish(*arguments, **options)
 
-    monkeypatch.setattr(runner, "publish", late)
+    monkeypatch.setattr(publishing, "publish", late)
     assert run(job).counts.ok == 150
     assert next(calls) == 3
     check(job, OLD + NEW, tokenizer)

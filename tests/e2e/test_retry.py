@@ -25,11 +25,11 @@ from retry_jobs import (
 )
 from standin import StandInEngine
 
-from batchgen import runner
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError, JobChangedError, UsageError
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import read_status
+from batchgen.publishing import publish_job
 from batchgen.records import RowKey
 from batchgen.runner import run_job
 from batchgen.startup import open_job, open_ledger_storage
@@ -238,7 +238,7 @@ def test_a_late_publisher_cannot_bring_the_old_state_back(tmp_path: Path, tiny_m
     stale = open_job(spec)
     retry_rows(spec)
     before = written(spec)
-    runner._publish(stale, 1.0)
+    publish_job(stale, 1.0)
     assert written(spec) == before
     receipt = verify(spec)
     assert (receipt.is_right, receipt.state) == (True, "done")

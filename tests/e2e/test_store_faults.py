@@ -29,7 +29,7 @@ from faulty_store import FAULTS_OF, Fault, FaultyFileSystem, Killed, Life, Momen
 from fsspec.registry import _registry
 from trial_counts import Trials
 
-from batchgen import retries, runner
+from batchgen import generating, retries, runner
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
 from batchgen.job.spec import JobSpec
@@ -265,7 +265,7 @@ def test_paused_at_every_request_while_another_runs_to_the_end(
     monkeypatch: pytest.MonkeyPatch,
     moment: Moment,
 ) -> None:
-    monkeypatch.setattr(runner, "watch_for", lambda *_: NoSignals())
+    monkeypatch.setattr(generating, "watch_for", lambda *_: NoSignals())
     for pause_at in itertools.count(1):
         world = World(objects=input_files("bucket/in"))
         paused = Life(
@@ -284,7 +284,7 @@ def test_paused_at_every_request_while_another_runs_to_the_end(
 def test_paused_at_random_while_another_is_killed(
     spec: JobSpec, expected: dict[str, bytes], trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "watch_for", lambda *_: NoSignals())
+    monkeypatch.setattr(generating, "watch_for", lambda *_: NoSignals())
     for seed in range(NUM_PAUSES):
         moments = random.Random(seed)
         world = World(objects=input_files("bucket/in"))
