@@ -6,12 +6,27 @@ from collections.abc import Sequence
 
 from batchgen import __version__
 from batchgen.dataset.card import CardFacts, dataset_card
+from batchgen.dataset.parts import dataset_problems, find_empty_part
 from batchgen.dataset.writer import delete_superseded, publish
 from batchgen.errors import BatchgenError
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import Ledger, RunCounts
 from batchgen.records import Part
 from batchgen.startup import OpenJob
+
+
+def is_published(job: OpenJob) -> bool:
+    """Whether nothing is left to do: all units are committed, and the dataset has their parts.
+
+    That the ledger says so is not enough. A process that was paused while it published may have
+    written what it knew over what others have published since, and then have been killed.
+    """
+    if not job.ledger.is_published():
+        return False
+    parts = _committed_parts(job.ledger)
+    if not parts and (empty := find_empty_part(job.output)) is not None:
+        parts = [empty]
+    return not dataset_problems(job.output, job.spec.output, job.schema, parts)
 
 
 def publish_job(job: OpenJob, wall_s: float) -> bool:

@@ -21,7 +21,7 @@ from batchgen.monitor.budget import Budget, budget_text
 from batchgen.monitor.failure_gate import FailureGate
 from batchgen.monitor.summary import RunSummary, summary_text
 from batchgen.pipeline import PLANNING_WINDOW_ROWS, Engine
-from batchgen.publishing import publish_job
+from batchgen.publishing import is_published, publish_job
 from batchgen.records import EngineStats, RowResult
 from batchgen.retry import RetriedUnits, Retry, refuse_unbegun, reopen_failed
 from batchgen.startup import OpenJob, TextModel, open_job
@@ -56,15 +56,13 @@ def run_job(
     started_s = time.monotonic() if started_s is None else started_s
     if retry is not None:
         refuse_unbegun(spec)
-    has_grown = False
     if worker is not None and worker.assignment.is_restart:
         spec = _going_on(spec)
     while True:
         job = open_job(spec, takes_new_files=retry is None)
         spec = _going_on(spec)
         commits = None if retry is None else reopen_failed(job, retry)
-        # Not if this process has just published, perhaps over what another one has.
-        if not has_grown and job.ledger.is_published():
+        if is_published(job):
             return _report(job, earlier_rows=job.ledger.counts().ended)
         if worker is not None and worker.assignment.culprits:
             job = set_aside(job, worker.assignment.culprits)
