@@ -63,7 +63,7 @@ def units_to_do(ledger: Ledger, units: Iterable[Unit]) -> Iterator[Unit]:
     """
     begun = []
     for unit in units:
-        if not ledger.claim(unit):
+        if not ledger.claims.take(unit):
             begun.append(unit)
         elif not ledger.has_commit(unit):
             yield unit

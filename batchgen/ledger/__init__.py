@@ -5,8 +5,14 @@ from batchgen.ledger.commits import Commit, DeadLetters, RunCounts
 from batchgen.ledger.failures import read_failures, read_job_failures
 from batchgen.ledger.files import decoded
 from batchgen.ledger.judged import judged_rows
-from batchgen.ledger.ledger import Ledger, check_fingerprint
-from batchgen.ledger.plan import LedgerPlan, StoredJob, decode_schema, encode_schema
+from batchgen.ledger.ledger import Ledger
+from batchgen.ledger.plan import (
+    LedgerPlan,
+    StoredJob,
+    check_fingerprint,
+    decode_schema,
+    encode_schema,
+)
 from batchgen.ledger.status import read_status
 
 __all__ = [

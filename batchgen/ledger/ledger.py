@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from batchgen.dataset.storage import Storage, redact
-from batchgen.errors import JobChangedError, UsageError
-from batchgen.job.fingerprint import fingerprint_difference
+from batchgen.errors import UsageError
 from batchgen.ledger.additions import has_grown, read_job
+from batchgen.ledger.claims import Claims
 from batchgen.ledger.commits import (
     Commit,
     DeadLetters,
@@ -29,29 +29,20 @@ from batchgen.ledger.commits import (
 from batchgen.ledger.failures import read_failures
 from batchgen.ledger.files import (
     JOB_PATH,
-    claim_path,
     commit_path,
     done_path,
-    generation_of_partial,
     list_claims,
     list_dead_letters,
     list_generations,
     list_partials,
     list_unfinished,
-    partial_path,
     read_many,
     run_path,
-    unfinished_path,
 )
-from batchgen.ledger.partials import encode_partial, merge_partials, read_partials
-from batchgen.ledger.plan import (
-    LedgerPlan,
-    StoredJob,
-    decode_schema,
-    encode_job,
-)
+from batchgen.ledger.partials import Partials, merge_partials
+from batchgen.ledger.plan import LedgerPlan, StoredJob, check_fingerprint, encode_job
 from batchgen.ledger.runs import RunRecord, encode_run
-from batchgen.ledger.unfinished import encode_unfinished, furthest, read_unfinished
+from batchgen.ledger.unfinished import UnfinishedRows
 from batchgen.records import (
     EngineStats,
     OutputRow,
@@ -77,23 +68,22 @@ class _Reopened:
 class Ledger:
     """An open ledger of one process. Any number of processes may have the same one open.
 
-    The methods that write are called by one thread at a time; `counts()` by any thread. An error
-    in any of them leaves the files such that a restart goes on from there. Nothing needs closing.
+    The methods that write are called by one thread at a time; `counts()`, `has_commit()` and
+    `claims.take()` by any thread. An error in any of them leaves the files such that a restart
+    goes on from there. Nothing needs closing.
     """
 
     def __init__(self, storage: Storage, job: StoredJob, committed: dict[int, Commit]) -> None:
         self._storage = storage
         self._job = job
-        self._schema = decode_schema(job.plan.schema_base64)
         self._committed = committed
         self._reopened: dict[int, _Reopened] = {}
         self._retry_id = ""
         self._run_id = secrets.token_hex(8)
-        self._num_flushes = 0
-        self._claimed: set[int] = set()
-        self._units_of_partial: dict[str, frozenset[int]] = {}
-        self._unfinished: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
-        self._unfinished_paths: list[str] = []  # the files that these rows are from
+        self.claims = Claims(storage, self._run_id)
+        self._partials = Partials(storage, job, self._run_id)
+        self._unfinished = UnfinishedRows(storage, job, self._run_id)
+        self._recorded: EngineStats | None = None  # what this run's record has
         self._flushed: dict[int, RunCounts] = {}  # of uncommitted units
         self._committed_counts = sum_counts(
             [commit.counts for commit in committed.values()], total=job.plan.num_rows
@@ -210,40 +200,19 @@ class Ledger:
 
         A partial that cannot be understood is left out with a warning in the log.
         """
-        waiting: list[list[RowResult]] = []  # without the rows of committed units, which are many
-        for path, results in read_partials(self._storage, self._job):
-            self._units_of_partial[path] = _units_of(results)
-            generation = generation_of_partial(path)
-            waiting.append(
-                [
-                    row
-                    for row in results
-                    if row.key.unit_id not in self._committed
-                    and self.generation(row.key.unit_id) == generation
-                ]
-            )
+        waiting = [  # without the rows of committed units, which are many
+            [
+                row
+                for row in results
+                if row.key.unit_id not in self._committed
+                and self.generation(row.key.unit_id) == generation
+            ]
+            for generation, results in self._partials.load()
+        ]
         merged = merge_partials(waiting, self._committed)
         self._flushed = {unit_id: count_results(rows) for unit_id, rows in merged.items()}
         self._count()
         return merged
-
-    def claim(self, unit: Unit) -> bool:
-        """Say that this runner begins the unit; False if one, perhaps a dead one, has begun it.
-
-        It spares runners each other's work, and nothing rests on it: `commit` alone decides, so
-        that claims need no clock and no renewal. Any thread may call it, and `has_commit`.
-        """
-        try:
-            self._storage.create(claim_path(unit.unit_id), self._run_id.encode())
-        except FileExistsError:
-            return False
-        self._claimed.add(unit.unit_id)
-        return True
-
-    def give_up_claims(self) -> None:
-        """Of units that are not committed: the next run goes on with them first."""
-        units = [unit_id for unit_id in list(self._claimed) if unit_id not in self._committed]
-        self._storage.delete([claim_path(unit_id) for unit_id in units])
 
     def has_commit(self, unit: Unit) -> bool:
         """Whether any runner has committed the unit by now."""
@@ -266,27 +235,11 @@ class Ledger:
 
         `finished` is what `load_partials` gave: rows in it are left out, as are committed ones.
         """
-        files = dict(read_unfinished(self._storage, self._job))
-        rows = furthest(row for rows in files.values() for row in rows)
-        done = {result.key for results in finished.values() for result in results}
-        self._unfinished_paths = list(files)
-        self._unfinished = {
-            key: row
-            for key, row in rows.items()
-            if key.unit_id not in self._committed and key not in done
-        }
-        return dict(self._unfinished)
+        return self._unfinished.load(self._committed, finished)
 
     def save_unfinished(self, rows: Sequence[UnfinishedRow]) -> None:
-        """Keeps the tokens of rows that this run cannot finish; called once, at its end.
-
-        The file takes the place of those that were loaded: it has their rows, too.
-        """
-        kept = furthest([*self._unfinished.values(), *rows])
-        path = unfinished_path(self._run_id)
-        data = encode_unfinished(list(kept.values()), job_id=self._job.last_id)
-        self._storage.put(path, data)
-        self._storage.delete(self._unfinished_paths)
+        """Keeps the tokens of rows that this run cannot finish; called once, at its end."""
+        self._unfinished.save(rows)
 
     def flush_partial(self, results: Sequence[RowResult]) -> None:
         """Keeps finished rows of uncommitted units, each of which is given to one flush only."""
@@ -297,15 +250,8 @@ class Ledger:
             self._flush_partial(rows, generation)
 
     def _flush_partial(self, results: Sequence[RowResult], generation: int) -> None:
-        self._num_flushes += 1
-        path = partial_path(self._run_id, self._num_flushes, generation)
-        data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
-        # It exists already where the store's client has repeated a write that had succeeded:
-        # nobody else writes under this run's name.
-        with contextlib.suppress(FileExistsError):
-            self._storage.create(path, data)
-        self._units_of_partial[path] = _units_of(results)
-        self._forget_unfinished(results)
+        self._partials.write(results, generation)
+        self._unfinished.forget(results)
         for unit_id, rows in merge_partials([results], self._committed).items():
             before = self._flushed.get(unit_id, RunCounts(total=0))
             self._flushed[unit_id] = sum_counts(
@@ -357,31 +303,30 @@ class Ledger:
             stored = self._storage.read(path)
             commit = decode_stored_commit(self._storage, self._job, path, stored)
         self._add_commit(commit)
-        self._storage.delete([claim_path(unit.unit_id)])
-        self._forget_unfinished(results)
+        self.claims.drop(unit)
+        self._unfinished.forget(results)
         return commit.run_id == self._run_id
 
     def record_run(self, engine: EngineStats, *, wall_s: float) -> None:
-        """Keeps what the engine has done in this run, in the place of what was kept before."""
+        """Keeps what the engine has done in this run, in the place of what was kept before.
+
+        Writes nothing where only the time has gone on: flushes come in idle hours, too.
+        """
+        if engine == self._recorded:
+            return
         run_id = self._run_id
         run = RunRecord(job_id=self._job.job_id, run_id=run_id, wall_s=wall_s, engine=engine)
         self._storage.put(run_path(run_id), encode_run(run))
+        self._recorded = engine
 
     def clean(self) -> None:
         """Deletes the partials that hold rows of committed units only; once all are committed,
         claims and the tokens of unfinished rows, too."""
         if self.is_complete and not self.has_grown():
             lists = (list_partials, list_claims, list_unfinished)
-            stale = [path for list_paths in lists for path in list_paths(self._storage)]
+            self._storage.delete([path for each in lists for path in each(self._storage)])
         else:
-            stale = [
-                path
-                for path, unit_ids in self._units_of_partial.items()
-                if unit_ids <= self._committed.keys()
-            ]
-        self._storage.delete(stale)
-        for path in stale:
-            self._units_of_partial.pop(path, None)
+            self._partials.delete_those_of(self._committed.keys())
 
     def finish(self) -> None:
         """Notes that the dataset is published: from now on its status is "done"."""
@@ -416,10 +361,6 @@ class Ledger:
         generations = {unit_id: commit.generation for unit_id, commit in self._committed.items()}
         return done_path(self._job.last_id, generations)
 
-    def _forget_unfinished(self, results: Sequence[RowResult]) -> None:
-        for result in results:
-            self._unfinished.pop(result.key, None)
-
     def _put_dead_letters(self, unit: Unit, results: Sequence[RowResult]) -> DeadLetters | None:
         failures = [result for result in results if isinstance(result, RowFailure)]
         if not failures:
@@ -451,20 +392,3 @@ def _begin(storage: Storage, fingerprint: Mapping[str, object], plan: LedgerPlan
     job = read_job(storage)
     assert job is not None
     return job
-
-
-def check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
-    """Raises JobChangedError if the ledger is of another job."""
-    new = json.loads(json.dumps(fingerprint))  # as job.json would hold it: tuples are lists
-    if new == job.fingerprint:
-        return
-    differences = "\n".join(f"  {line}" for line in fingerprint_difference(job.fingerprint, new))
-    raise JobChangedError(
-        f"the job or its input changed since the ledger in {redact(storage.uri)} began:\n"
-        f"{differences}\n"
-        "Undo the change to go on, or choose another output.uri for the changed job."
-    )
-
-
-def _units_of(results: Sequence[RowResult]) -> frozenset[int]:
-    return frozenset(result.key.unit_id for result in results)

@@ -11,9 +11,10 @@ that went in, which JSON could not promise.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -23,7 +24,16 @@ from pydantic import TypeAdapter
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError, StorageError
-from batchgen.ledger.files import damaged, decoded, full_name, list_partials, parse_json, read_many
+from batchgen.ledger.files import (
+    damaged,
+    decoded,
+    full_name,
+    generation_of_partial,
+    list_partials,
+    parse_json,
+    partial_path,
+    read_many,
+)
 from batchgen.ledger.plan import StoredJob, decode_schema
 from batchgen.records import OutputRow, RowFailure, RowKey, RowResult, RowSkip
 
@@ -124,6 +134,42 @@ def decode_partial(data: bytes, job: StoredJob, where: str) -> list[RowResult]:
     return [*outputs, *head.failures, *head.skips]
 
 
+class Partials:
+    """The partials of a ledger, as far as this process has read or written them."""
+
+    def __init__(self, storage: Storage, job: StoredJob, run_id: str) -> None:
+        self._storage = storage
+        self._job = job
+        self._schema = decode_schema(job.plan.schema_base64)
+        self._run_id = run_id
+        self._num_written = 0
+        self._units: dict[str, frozenset[int]] = {}  # whose rows it holds, by path
+
+    def load(self) -> Iterator[tuple[int, list[RowResult]]]:
+        """The rows of each partial, and the generation of the commits that they are for."""
+        for path, results in read_partials(self._storage, self._job):
+            self._units[path] = _units_of(results)
+            yield generation_of_partial(path), results
+
+    def write(self, results: Sequence[RowResult], generation: int) -> None:
+        """One more partial, with these rows, for commits of this generation."""
+        self._num_written += 1
+        path = partial_path(self._run_id, self._num_written, generation)
+        data = encode_partial(results, job_id=self._job.last_id, schema=self._schema)
+        # It exists already where the store's client has repeated a write that had succeeded:
+        # nobody else writes under this run's name.
+        with contextlib.suppress(FileExistsError):
+            self._storage.create(path, data)
+        self._units[path] = _units_of(results)
+
+    def delete_those_of(self, unit_ids: Set[int]) -> None:
+        """Delete the partials that hold rows of these units only."""
+        stale = [path for path, units in self._units.items() if units <= unit_ids]
+        self._storage.delete(stale)
+        for path in stale:
+            del self._units[path]
+
+
 def read_partials(storage: Storage, job: StoredJob) -> Iterator[tuple[str, list[RowResult]]]:
     """Each partial with its rows. One that cannot be understood is left out with a warning:
     its rows are generated again, which costs work and nothing else."""
@@ -149,6 +195,10 @@ def merge_partials(
     return {
         unit_id: [rows[index] for index in sorted(rows)] for unit_id, rows in sorted(merged.items())
     }
+
+
+def _units_of(results: Sequence[RowResult]) -> frozenset[int]:
+    return frozenset(result.key.unit_id for result in results)
 
 
 def _printable(failure: RowFailure) -> RowFailure:

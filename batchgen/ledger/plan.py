@@ -17,7 +17,9 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import TypeAdapter
 
-from batchgen.errors import UnsupportedError
+from batchgen.dataset.storage import Storage, redact
+from batchgen.errors import JobChangedError, UnsupportedError
+from batchgen.job.fingerprint import fingerprint_difference
 from batchgen.ledger.files import damaged, parse_json
 from batchgen.records import InputFile, Unit
 
@@ -239,3 +241,16 @@ def check_cuts(file: StoredFile, where: str) -> None:
             raise damaged(where, f"the units of {file.uri} are not ranges")
     if file.byte_cuts is not None and len(file.byte_cuts) != len(file.row_cuts):
         raise damaged(where, f"the units of {file.uri} have other bytes than rows")
+
+
+def check_fingerprint(job: StoredJob, fingerprint: Mapping[str, object], storage: Storage) -> None:
+    """Raises JobChangedError if the ledger is of another job."""
+    new = json.loads(json.dumps(fingerprint))  # as job.json would hold it: tuples are lists
+    if new == job.fingerprint:
+        return
+    differences = "\n".join(f"  {line}" for line in fingerprint_difference(job.fingerprint, new))
+    raise JobChangedError(
+        f"the job or its input changed since the ledger in {redact(storage.uri)} began:\n"
+        f"{differences}\n"
+        "Undo the change to go on, or choose another output.uri for the changed job."
+    )

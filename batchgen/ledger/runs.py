@@ -1,6 +1,7 @@
 """What the engine did in each run: one small file a run, for `status`. Nothing else reads them.
 
-A run replaces its file at every flush, so that a killed one is counted up to its last flush.
+A run replaces its file at every flush before which the engine has done something, so that a
+killed one is counted up to its last flush.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RunRecord:
 
     job_id: str
     run_id: str
-    wall_s: float  # since the engine was ready
+    wall_s: float  # from the engine's start to the flush that saw these counters first
     engine: EngineStats
 
 

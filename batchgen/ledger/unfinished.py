@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated
@@ -24,9 +24,16 @@ from pydantic import Field, TypeAdapter
 
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError
-from batchgen.ledger.files import damaged, full_name, list_unfinished, parse_json, read_many
+from batchgen.ledger.files import (
+    damaged,
+    full_name,
+    list_unfinished,
+    parse_json,
+    read_many,
+    unfinished_path,
+)
 from batchgen.ledger.plan import StoredJob
-from batchgen.records import FinishReason, RowKey, SampleProgress, UnfinishedRow
+from batchgen.records import FinishReason, RowKey, RowResult, SampleProgress, UnfinishedRow
 
 _MAGIC = b"BGTOKS1\n"
 _BODY_START = len(_MAGIC) + hashlib.sha256().digest_size
@@ -113,6 +120,44 @@ def decode_unfinished(data: bytes, job: StoredJob, where: str) -> list[Unfinishe
         )
         for row in head.rows
     ]
+
+
+class UnfinishedRows:
+    """The tokens that earlier runs have left, and that this run is to leave."""
+
+    def __init__(self, storage: Storage, job: StoredJob, run_id: str) -> None:
+        self._storage = storage
+        self._job = job
+        self._run_id = run_id
+        self._rows: dict[RowKey, UnfinishedRow] = {}  # of earlier runs, not finished since
+        self._paths: list[str] = []  # the files that these rows are from
+
+    def load(
+        self, committed: Container[int], finished: Mapping[int, Sequence[RowResult]]
+    ) -> dict[RowKey, UnfinishedRow]:
+        """Each row as far as it came, but for those in committed units and finished ones."""
+        files = dict(read_unfinished(self._storage, self._job))
+        rows = furthest(row for rows in files.values() for row in rows)
+        done = {result.key for results in finished.values() for result in results}
+        self._paths = list(files)
+        self._rows = {
+            key: row
+            for key, row in rows.items()
+            if key.unit_id not in committed and key not in done
+        }
+        return dict(self._rows)
+
+    def forget(self, results: Sequence[RowResult]) -> None:
+        """These rows are finished and saved."""
+        for result in results:
+            self._rows.pop(result.key, None)
+
+    def save(self, rows: Sequence[UnfinishedRow]) -> None:
+        """Write a file that takes the place of those that were loaded: it has their rows, too."""
+        kept = furthest([*self._rows.values(), *rows])
+        data = encode_unfinished(list(kept.values()), job_id=self._job.last_id)
+        self._storage.put(unfinished_path(self._run_id), data)
+        self._storage.delete(self._paths)
 
 
 def read_unfinished(storage: Storage, job: StoredJob) -> Iterator[tuple[str, list[UnfinishedRow]]]:

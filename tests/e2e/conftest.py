@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from trial_counts import Trials
     from verify_outputs import Output
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))  # tiny_models
+pytest.register_assert_rewrite("trial_counts")
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,16 @@ def tokenizer(tiny_model: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
+    """Counts the test's trials, of which there must be as many as are announced."""
+    from trial_counts import LEAST_TRIALS, Trials
+
+    counted = Trials()
+    yield counted
+    assert counted.num_compared >= LEAST_TRIALS[request.node.name]
 
 
 @pytest.fixture(scope="session")

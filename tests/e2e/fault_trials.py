@@ -10,7 +10,7 @@ import pytest
 import yaml
 from standin import StandInEngine
 
-from batchgen import runner, startup
+from batchgen import generating, startup
 from batchgen.job.loading import load_job
 from batchgen.job.spec import JobSpec
 from batchgen.records import Prompt, RowKey
@@ -57,7 +57,7 @@ class TextSide:
     def load_at_once(self, patches: pytest.MonkeyPatch) -> None:
         """Let runs take them from here."""
         patches.setattr(startup, "resolve_model", lambda _: self._files)
-        for module in (startup, runner):
+        for module in (startup, generating):
             patches.setattr(module, "load_text_model", lambda *_: self._text_model)
 
 

@@ -165,7 +165,7 @@ def fail(*_: object, **__: object) -> None:
 
 @pytest.mark.parametrize(
     ("place", "failing"),
-    [("batchgen.units.UnitSaver.commit", flush_and_fail), ("batchgen.runner.publish", fail)],
+    [("batchgen.units.UnitSaver.commit", flush_and_fail), ("batchgen.publishing.publish", fail)],
 )
 def test_committing_and_publishing_what_is_finished_needs_no_budget(
     job: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -21,10 +22,11 @@ from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError, InputError, JobChangedError, JobFileError, UsageError
 from batchgen.job.loading import load_job
 from batchgen.ledger import read_status
+from batchgen.publishing import publish_job
 from batchgen.records import Completion, Prompt, PromptSource
 from batchgen.retry import Retry
 from batchgen.runner import RunReport, run_job
-from batchgen.startup import open_ledger_storage
+from batchgen.startup import open_job, open_ledger_storage
 from batchgen.verify import verify_job
 
 ROWS = {name: make_rows(30, start=100 * i) for i, name in enumerate("abcde")}
@@ -306,10 +308,10 @@ def test_a_retry_leaves_new_files_to_a_run(
 def test_a_run_that_was_paused_before_it_published_damages_nothing(
     tmp_path: Path, tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from batchgen import runner
+    from batchgen import publishing
 
     job = make_job(tmp_path, tiny_model)
-    publish = runner.publish
+    publish = publishing.publish
     calls = itertools.count()
 
     def late(*arguments: Any, **options: Any) -> None:
@@ -319,7 +321,7 @@ def test_a_run_that_was_paused_before_it_published_damages_nothing(
             check(job, OLD + NEW, tokenizer)
         publish(*arguments, **options)
 
-    monkeypatch.setattr(runner, "publish", late)
+    monkeypatch.setattr(publishing, "publish", late)
     assert run(job).counts.ok == 150
     assert next(calls) == 3
     check(job, OLD + NEW, tokenizer)
@@ -350,6 +352,31 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, at: int | None, moment: str) -> Cal
     for name in ("read", "exists", "list", "create", "put", "delete"):
         monkeypatch.setattr(Storage, name, wrap(getattr(Storage, name)))
     return lambda: seen[0]
+
+
+def test_a_run_mends_what_a_late_publisher_left_that_was_killed(
+    tmp_path: Path, tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that knew of the old files only, ended after each request of its own."""
+    job = make_job(tmp_path, tiny_model)
+    run(job)
+    spec = load_job(job)
+    late = [open_job(spec) for _ in range(8)]
+    add(tmp_path, NEW)
+    run(job)
+    num_wrong = 0
+    for number, stale in enumerate(late):
+        # Paused after it has looked whether the job has grown.
+        looks = iter([False])
+        monkeypatch.setattr(stale.ledger, "has_grown", lambda looks=looks: next(looks, True))
+        with monkeypatch.context() as patch:
+            kill_at(patch, 1 + number, "after")
+            with contextlib.suppress(Killed):
+                publish_job(stale, 1.0)
+        num_wrong += not verify_job(spec, open_ledger_storage(spec)).is_right
+        assert run_job(spec, make_engine=no_engine).counts.ok == 150
+        check(job, OLD + NEW, tokenizer)
+    assert num_wrong > 1
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import subprocess
@@ -25,11 +26,11 @@ from retry_jobs import (
 )
 from standin import StandInEngine
 
-from batchgen import runner
 from batchgen.dataset.storage import Storage
 from batchgen.errors import BatchgenError, JobChangedError, UsageError
 from batchgen.job.spec import JobSpec
 from batchgen.ledger import read_status
+from batchgen.publishing import publish_job
 from batchgen.records import RowKey
 from batchgen.runner import run_job
 from batchgen.startup import open_job, open_ledger_storage
@@ -238,10 +239,41 @@ def test_a_late_publisher_cannot_bring_the_old_state_back(tmp_path: Path, tiny_m
     stale = open_job(spec)
     retry_rows(spec)
     before = written(spec)
-    runner._publish(stale, 1.0)
+    publish_job(stale, 1.0)
     assert written(spec) == before
     receipt = verify(spec)
     assert (receipt.is_right, receipt.state) == (True, "done")
+
+
+def no_engine(*_: object) -> Any:
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_run_mends_what_a_late_publisher_left_that_was_killed(
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    die_at: Callable[[int, bool], list[str]],
+    kind: str,
+) -> None:
+    spec = load_with(write_retry_job(tmp_path, tiny_model, output=KINDS[kind]))
+    run_with_engine_errors(spec)
+    late = [open_job(spec) for _ in range(8)]
+    retry_rows(spec)
+    right = written(spec)
+    num_wrong = 0
+    for number, stale in enumerate(late):
+        die_at(number, True)
+        with contextlib.suppress(Killed):
+            publish_job(stale, 1.0)
+        monkeypatch.undo()
+        num_wrong += not verify(spec).is_right
+        run_job(spec, make_engine=no_engine)
+        assert written(spec) == right
+        receipt = verify(spec)
+        assert (receipt.is_right, receipt.state, receipt.leftovers) == (True, "done", [])
+    assert num_wrong > 0
 
 
 def test_a_retry_that_ends_the_engine_again_sets_the_row_aside_again(

@@ -23,7 +23,7 @@ RANKS = (
     ("units", "verify"),
     ("pipeline",),
     ("startup",),
-    ("retry",),
+    ("retry", "generating", "publishing"),
     ("runner",),
     ("commands",),
     ("cli",),

@@ -215,16 +215,3 @@ def test_threads_commit_a_unit_once(tmp_path):
         thread.join()
     assert [sum(won) for won in zip(*wins, strict=True)] == [1] * num_units
     assert all(ledger.committed == ledgers[0].committed for ledger in ledgers)
-
-
-def test_claims_of_what_is_not_committed_are_given_up(tmp_path):
-    storage = local_storage(tmp_path)
-    ledger = open_ledger(storage, make_plan(2, 2, 2))
-    units = ledger.plan.units
-    assert all(ledger.claim(unit) for unit in units)
-    commit_all(ledger, 1)
-    other = open_ledger(storage)
-    assert not other.claim(units[0])
-    ledger.give_up_claims()
-    assert other.claim(units[0])
-    assert storage.list("claims") == ["claims/00000000.json"]

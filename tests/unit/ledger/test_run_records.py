@@ -66,6 +66,19 @@ def test_counters_are_summed_means_weighted_and_peaks_kept(tmp_path: Path) -> No
     )
 
 
+def test_a_record_is_written_when_its_counters_have_changed(tmp_path: Path) -> None:
+    storage = local_storage(tmp_path)
+    ledger = open_ledger(storage)
+    wrote = []
+    for tokens, wall_s in ((0, 1.0), (0, 2.0), (5, 3.0), (5, 4.0), (5, 5.0), (6, 6.0), (6, 7.0)):
+        storage.delete(storage.list("runs"))
+        ledger.record_run(EngineStats(output_tokens=tokens), wall_s=wall_s)
+        runs = runs_of(storage)
+        if runs["count"]:
+            wrote.append((runs["engine"]["output_tokens"], runs["wall_s"]))
+    assert wrote == [(0, 1.0), (5, 3.0), (6, 6.0)]
+
+
 def test_a_run_without_steps_is_counted(tmp_path: Path) -> None:
     storage = local_storage(tmp_path)
     open_ledger(storage).record_run(EngineStats(), wall_s=0.1)
