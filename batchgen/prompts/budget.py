@@ -14,6 +14,8 @@ from typing import Final
 
 import jinja2
 
+from batchgen.prompts.symbols import Symbol
+
 MAX_STEPS: Final = 4_000_000
 MAX_CHARS: Final = 1 << 27
 MAX_SECONDS: Final = 10.0
@@ -45,6 +47,16 @@ class Budget:
         self._looks = 0
         self._ends_s = 0.0
         self._chars = MAX_CHARS
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that the rendering can still take, or a few more."""
+        return MAX_STEPS - (self._looks + 1) * _STEPS_PER_LOOK + self._steps
+
+    @property
+    def chars_left(self) -> int:
+        """Characters that the rendering can still make."""
+        return self._chars
 
     def step(self, cost: int = 1) -> None:
         """Pay for work of about `cost` operations. Raises TemplateLimitError."""
@@ -87,6 +99,8 @@ class Budget:
         elif isinstance(value, _CONTAINERS):
             self.chars(len(value))
             self.tree(value)
+        elif type(value) is Symbol:
+            value.pay()
 
     def tree(self, value: object) -> tuple[int, int]:
         """How large the value is when written out, and how deep.
@@ -106,6 +120,8 @@ class Budget:
                 stack += [(each, level + 1) for pair in node.items() for each in pair]
             elif isinstance(node, list | tuple):
                 stack += [(each, level + 1) for each in node]
+            elif type(node) is Symbol:
+                node.pay()
             if nodes % _NODES_PER_STEP == 0:
                 self.step()
             if size + nodes > MAX_CHARS or depth > _MAX_DEPTH:

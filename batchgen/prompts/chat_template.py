@@ -22,7 +22,8 @@ from jinja2.parser import Parser
 
 from batchgen.errors import UsageError
 from batchgen.prompts.sandbox import BoundedEnvironment
-from batchgen.prompts.tracing import Symbol, Texts, TracedTemplate
+from batchgen.prompts.symbols import Symbol, Texts
+from batchgen.prompts.tracing import TracedTemplate
 
 _END_OF_OPEN_MESSAGE = "END_OF_OPEN_MESSAGE "
 # The names that a message's reasoning goes by; templates read the first, gpt-oss's the second.
@@ -128,7 +129,7 @@ def _environment() -> BoundedEnvironment:
     def written(value: object) -> str:
         if type(value) is Symbol:
             return value.written()
-        text = value if type(value) is str else str(value)
+        text = value if isinstance(value, str) else str(value)
         budget.chars(len(text))
         return text
 

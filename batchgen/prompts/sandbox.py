@@ -13,7 +13,7 @@ keeps them from Python's insides; the limits from eating the machine:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
@@ -27,7 +27,7 @@ from jinja2.utils import Namespace
 
 from batchgen.prompts.budget import Budget
 from batchgen.prompts.checked_calls import CHECKED_METHODS, FILTER_CHECKS, Counted, checked_method
-from batchgen.prompts.tracing import Symbol, Trace, Untraceable
+from batchgen.prompts.symbols import Symbol, Trace, Untraceable
 
 MAX_TEMPLATE_CHARS = 256 << 10
 _CHARS_PER_STEP = 64  # of template that a step may run through
@@ -52,6 +52,8 @@ _LEFT_OUT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 
 # What a text is, by jinja's tests.
 _TESTS_OF_TEXTS = ("string", "iterable", "sequence")
+# Filters that do with a symbol what they do with a text.
+_FILTERS_OF_SYMBOLS = frozenset({"default", "d"})
 
 
 class SafeNamespace(Namespace):
@@ -75,11 +77,17 @@ def _holds_for_symbols(test: Callable[..., Any]) -> Callable[..., bool]:
     return lambda value: type(value) is Symbol or bool(test(value))
 
 
+def _is_same(value: object, other: object) -> bool:
+    if type(value) is Symbol or type(other) is Symbol:
+        raise Untraceable  # two texts that are equal may be one object, or not
+    return value is other
+
+
 def _filtered_symbol(name: str, value: Symbol, args: Any, kwargs: Any) -> Symbol:
-    """A text that is traced, after a filter. Raises Untraceable for all filters but one."""
-    if name != "trim" or args or kwargs:
+    """A text that is traced, after a filter. Raises Untraceable for all filters but two."""
+    if args or kwargs or name not in ("trim", "string"):
         raise Untraceable
-    return value.strip()
+    return value.strip() if name == "trim" else value
 
 
 class _BoundedCode(CodeGenerator):
@@ -120,7 +128,14 @@ class _BoundedCode(CodeGenerator):
         self.write(")")
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Any) -> None:
-        self._made(super().visit_Concat, node, frame)
+        if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
+            self._made(super().visit_Concat, node, frame)
+            return
+        self.write("environment.concatenated(")
+        for item in node.nodes:
+            self.visit(item, frame)
+            self.write(", ")
+        self.write(")")
 
     def visit_List(self, node: jinja2.nodes.List, frame: Any) -> None:
         self._made(super().visit_List, node, frame)
@@ -180,6 +195,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["dict"] = lambda *args, **values: dict(*args, **values)
         for name in _TESTS_OF_TEXTS:
             self.tests[name] = _holds_for_symbols(self.tests[name])  # type: ignore[arg-type]
+        self.tests["sameas"] = _is_same
         for name in _LEFT_OUT_FILTERS:
             del self.filters[name]
         for name, function in list(self.filters.items()):
@@ -193,7 +209,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             value = args[num_own]
-            if type(value) is Symbol:
+            if self.trace is not None and name == "random":
+                raise Untraceable
+            if type(value) is Symbol and name not in _FILTERS_OF_SYMBOLS:
                 return _filtered_symbol(name, value, args[num_own + 1 :], kwargs)
             self.budget.step(len(value) // _CHARS_PER_SCAN if isinstance(value, str) else 1)
             if check is not None:
@@ -238,6 +256,17 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             total = total + term
         return self.made(total)
 
+    def concatenated(self, *values: Any) -> Any:
+        """The values as one text, paid for."""
+        if self.trace is None:
+            return self.made("".join(map(str, values)))
+        texts = [value if type(value) is Symbol else str(value) for value in values]
+        return self.made(self.trace.joined(texts))
+
+    def concat(self, pieces: Iterable[str]) -> Any:
+        """What a macro or a block has written, as one text."""
+        return "".join(pieces) if self.trace is None else self.trace.joined(pieces)
+
     def counted(self, items: Any) -> Any:
         """What a loop goes over, with its length if it has one."""
         if isinstance(items, jinja2.Undefined):
@@ -277,6 +306,11 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if value.__name__ == "format_map":
             return lambda mapping: vformat(text, (), mapping)
         return lambda *args, **kwargs: vformat(text, args, kwargs)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if type(argument) is Symbol:
+            raise Untraceable  # jinja looks for an attribute of that name, too
+        return super().getitem(obj, argument)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is Symbol:

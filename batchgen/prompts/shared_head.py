@@ -4,9 +4,11 @@ A batch job's prompts share their system prompt, instructions and examples, ofte
 characters. A text may be cut, and its halves encoded apart, where the tokens come out the same.
 That is known for the byte-level BPE tokenizers of `_PATTERNS`: their words are found from left to
 right, BPE joins nothing across words, and between a letter (or a mark) and a space before a letter
-there is an end of a word, whatever stands further on: no pattern looks past the space. An added
-token is taken out before there are words, so a text may be cut before one. Other tokenizers encode
-every text whole.
+there is an end of a word, whatever stands before and after: no word has a space after another
+character, and none is looked for beyond its end. The space and the letter must be there in every
+text that is cut. So must an added token before which a text is cut: those are taken out before
+there are words. Other tokenizers, and those with an added token that could reach over an end of a
+word, encode every text whole.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.normalizers import Normalizer
 
 _MIN_HEAD_CHARS = 32  # below, cutting costs more than it spares
-_MIN_LEARNED = 8  # texts, of a batch that may give a new head
 _NUM_CHECKED = 16  # texts, of a batch that gives a new head
-_END_OF_WORD = r"(?<=[A-Za-z.,:;!?])(?= [A-Za-z])"
+_END_OF_WORD = r"(?<=[A-Za-z.,:;!?])(?=( [A-Za-z]))"
+_WORD_AND_SPACE = re.compile(r"[A-Za-z.,:;!?] ")
 
 # How pre-tokenizers find words; GPT-2's own pattern is within ByteLevel. From the tokenizer.json of
 # Llama 3, of Qwen 2 and 3, and of gpt-oss.
@@ -53,28 +56,21 @@ class SharedHead:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """The tokenizer is used without its own start and end tokens."""
-        self._tokenizer = tokenizer
         self._is_usable = can_be_cut(tokenizer)
-        added = tokenizer.get_added_tokens_decoder().values()
-        # An added token that begins before the cut must not reach past what is known.
-        self._min_tail_chars = max((len(token.content) for token in added), default=0) + 2
-        tokens = [
-            re.escape(token.content)
-            for token in added
-            if not (token.normalized or token.single_word or token.lstrip or token.rstrip)
-        ]
-        self._cut = re.compile("|".join([_END_OF_WORD, *(f"(?={token})" for token in tokens)]))
+        tokens = "|".join(map(re.escape, _tokens_to_cut_before(tokenizer)))
+        self._cut = re.compile(rf"{_END_OF_WORD}|(?=({tokens or '(?!)'}))")
         self._text = ""
+        self._needed = ""  # the text, and what must follow it where it is cut off
         self.ids = array("i")
 
     def encode(self, texts: Sequence[str], encode_all: EncodeAll) -> list[Encoded]:
         """The ids of each text, in two parts. `encode_all` encodes texts whole."""
         if self._is_usable and self._text:
-            is_sharing = [text.startswith(self._text) for text in texts]
+            is_sharing = [text.startswith(self._needed) for text in texts]
             if 2 * sum(is_sharing) >= len(texts):
                 return self._encode(texts, is_sharing, encode_all)
         whole = encode_all(texts)
-        if self._is_usable and len(texts) >= _MIN_LEARNED:
+        if self._is_usable and len(texts) > 1:
             self._learn(texts, whole, encode_all)
         return [(_NOTHING, array("i", ids)) for ids in whole]
 
@@ -98,19 +94,33 @@ class SharedHead:
     ) -> None:
         """From now on, the head is what these texts share, whose ids are `whole`."""
         shared = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071  of texts, not paths
-        self._text = shared[: self._find_cut(shared)]
-        if self._text:
+        cuts = [cut for cut in self._cut.finditer(shared) if cut.start() >= _MIN_HEAD_CHARS]
+        self._text = self._needed = ""
+        if cuts:
+            end_of_word, token = cuts[-1].groups()
+            self._text = shared[: cuts[-1].start()]
+            self._needed = self._text + (end_of_word or token)
             self.ids = array("i", encode_all([self._text])[0])
             # It holds by what is said above, so if it does not, that is wrong for this tokenizer.
             some = texts[:_NUM_CHECKED]
             encoded = self._encode(some, [True] * len(some), encode_all)
             self._is_usable = [[*head, *rest] for head, rest in encoded] == whole[:_NUM_CHECKED]
 
-    def _find_cut(self, shared: str) -> int:
-        """Where a text that begins so may be cut, at the latest; 0 for nowhere."""
-        cuts = self._cut.finditer(shared, 0, max(0, len(shared) - self._min_tail_chars))
-        last = max((cut.start() for cut in cuts), default=0)
-        return last if last >= _MIN_HEAD_CHARS else 0
+
+def _tokens_to_cut_before(tokenizer: Tokenizer) -> list[str]:
+    """The added tokens that stand out of any text, whatever is before and behind them."""
+    added = list(tokenizer.get_added_tokens_decoder().values())
+    within = {char for token in added for char in token.content[1:]}
+    wide = [token.content for token in added if token.lstrip or token.rstrip or token.single_word]
+    return [
+        token.content
+        for token in added
+        if not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        # No other token reaches over its start, takes it for a letter, or is longer and takes more.
+        and token.content[0] not in within
+        and not (token.content[0].isalnum() or token.content[0].isspace())
+        and not any(other.startswith(token.content) for other in wide)
+    ]
 
 
 def can_be_cut(tokenizer: Tokenizer) -> bool:
@@ -127,7 +137,27 @@ def can_be_cut(tokenizer: Tokenizer) -> bool:
     if stages is None:
         return False
     steps = stages["pretokenizers"] if stages["type"] == "Sequence" else [stages]
-    return all(map(_keeps_ends_of_words, steps)) and any(map(_finds_words, steps))
+    if not all(map(_keeps_ends_of_words, steps)):
+        return False
+    # Before the bytes of a space become a letter, as they do in ByteLevel.
+    steps = [step for step in steps if step["type"] != "Digits"]
+    if not steps or not _finds_words(steps[0]):
+        return False
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    return all(_keeps_within_words(token, tokenizer.normalizer) for token in tokens)
+
+
+def _keeps_within_words(token: AddedToken, normalizer: Normalizer | None) -> bool:
+    """Whether the token never reaches over an end of a word, nor looks over one."""
+    contents = [token.content]
+    if normalizer is not None:
+        contents.append(normalizer.normalize_str(token.content))
+    return not any(
+        _WORD_AND_SPACE.search(content)
+        or (token.rstrip and _WORD_AND_SPACE.search(content + " "))  # takes the space after it
+        or (token.single_word and content.startswith(" "))  # looks at what is before the space
+        for content in contents
+    )
 
 
 def _state(stage: Any) -> Any:

@@ -20,7 +20,8 @@ from jinja2.exceptions import SecurityError
 
 from batchgen.errors import UsageError
 from batchgen.prompts.sandbox import BoundedEnvironment
-from batchgen.prompts.tracing import Symbol, TracedTemplate
+from batchgen.prompts.symbols import Symbol
+from batchgen.prompts.tracing import TracedTemplate
 
 # What a template may raise over the values of one row; jinja2 lets Python's own errors through.
 RENDER_ERRORS = (

@@ -1,11 +1,11 @@
 """What a template makes of its texts, learned from examples and not computed anew for each row.
 
 Most of what a template does is the same for every row. So it is run once with `Symbol`s in the
-place of texts. A symbol may be written, joined, stripped, and asked the questions below, which this
+place of texts. A symbol may be written, joined, stripped, and asked some questions, which this
 row's text answers; the questions and answers are noted, and so are the pieces that come out, in
-terms of the texts. For a row whose texts answer alike the template would do the same, so its pieces
-are put together without it. Whatever else is asked of a symbol ends the trace, and the template is
-run for every such row.
+terms of the texts, and how much of the budget they take. For a row whose texts answer alike the
+template would do the same, so its pieces are put together without it. Whatever else is asked of a
+symbol ends the trace, and the template is run for every such row.
 
 This is concolic execution (Sen, Marinov, Agha: CUTE, 2005) used as tracing compilers do.
 """
@@ -14,176 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-MAX_TEXT_CHARS = 1 << 20  # of a row that is put together; above, its template's budget counts
+from batchgen.prompts.symbols import (
+    MAX_TEXT_CHARS,
+    Parts,
+    Question,
+    Ref,
+    SpentBudget,
+    Texts,
+    Trace,
+    Untraceable,
+    Written,
+    joined,
+)
+
 _MAX_WAYS = 256  # through a template, of one key; with more, it decides by the text
 _MAX_KEYS = 1024
 _MAX_FAILURES = 8  # rows whose trace ended, of one key
 
-_STRIPS = ("strip", "lstrip", "rstrip")
-_QUESTIONS: Mapping[str, Callable[..., bool]] = {
-    "startswith": str.startswith,
-    "endswith": str.endswith,
-    "contains": str.__contains__,
-    "equals": str.__eq__,
-    "is_true": bool,
-}
-
-Texts = Sequence[str]
 MakeContext = Callable[[Sequence[Any]], Mapping[str, object]]
-
-
-class Untraceable(BaseException):
-    """The template asks what cannot be answered for other rows. No filter may catch it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ref:
-    """One of the texts, after strips (method and its arguments), the first one first."""
-
-    index: int
-    strips: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    def of(self, texts: Texts) -> str:
-        text = texts[self.index]
-        for method, arguments in self.strips:
-            text = getattr(text, method)(*arguments)
-        return text
-
-
-_Parts = tuple[str | _Ref, ...]
-
-
-def _joined(parts: _Parts, texts: Texts) -> str:
-    return "".join([part if type(part) is str else part.of(texts) for part in parts])  # type: ignore[union-attr]
-
-
-class Question(Protocol):
-    """What a way through a template depends on. Hashable, with an answer that is, too."""
-
-    def answer(self, texts: Texts) -> Hashable: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _TextQuestion:
-    parts: _Parts
-    name: str
-    arguments: tuple[str | tuple[str, ...], ...]
-
-    def answer(self, texts: Texts) -> bool:
-        return _QUESTIONS[self.name](_joined(self.parts, texts), *self.arguments)
-
-
-class Trace:
-    """One run of a template over symbols."""
-
-    def __init__(self, texts: Texts) -> None:
-        self.symbols = [Symbol(self, (_Ref(index),)) for index in range(len(texts))]
-        self.asked: list[tuple[Question, Hashable]] = []
-        self.num_written = 0
-        self._texts = texts
-
-    def ask(self, question: Question) -> Any:
-        """The answer for this row's texts, noted."""
-        answer = question.answer(self._texts)
-        self.asked.append((question, answer))
-        return answer
-
-
-class Written(str):
-    """A symbol that has been written: a placeholder among the pieces."""
-
-    parts: _Parts
-
-    def __new__(cls, parts: _Parts) -> Written:
-        written = super().__new__(cls)
-        written.parts = parts
-        return written
-
-    def __str__(self) -> str:
-        return self  # str() in jinja's compiled code must not lose the parts
-
-
-def _refuse(*_: object, **__: object) -> NoReturn:
-    raise Untraceable
-
-
-class Symbol:
-    """A text that a template is traced over: texts of the row, and the template's own between them.
-
-    Deliberately no str: what is not allowed here must fail, and not work on some other text.
-    """
-
-    __slots__ = ("_parts", "_trace")
-
-    def __init__(self, trace: Trace, parts: _Parts) -> None:
-        self._trace = trace
-        self._parts = parts
-
-    def written(self) -> Written:
-        """The placeholder for it in the template's output."""
-        self._trace.num_written += 1
-        return Written(self._parts)
-
-    def method(self, name: str) -> Callable[..., object]:
-        """A method of the text, by the name that templates know."""
-        if name in _STRIPS:
-            return lambda *arguments: self._stripped(name, arguments)
-        if name in ("startswith", "endswith"):
-            return lambda *arguments: self._ask(name, *arguments)
-        raise Untraceable
-
-    def strip(self) -> Symbol:
-        """Without white space at its ends."""
-        return self._stripped("strip", ())
-
-    def _stripped(self, method: str, arguments: tuple[Any, ...]) -> Symbol:
-        (ref, *others) = self._parts
-        if others or not isinstance(ref, _Ref) or not all(type(each) is str for each in arguments):
-            raise Untraceable
-        return Symbol(self._trace, (_Ref(ref.index, (*ref.strips, (method, arguments))),))
-
-    def _ask(self, name: str, *arguments: Any) -> bool:
-        for each in arguments:
-            texts = each if type(each) is tuple else (each,)
-            if not all(type(text) is str for text in texts):
-                raise Untraceable
-        answer: bool = self._trace.ask(_TextQuestion(self._parts, name, arguments))
-        return answer
-
-    def __add__(self, other: object) -> Symbol:
-        return Symbol(self._trace, (*self._parts, *_parts_of(other)))
-
-    def __radd__(self, other: object) -> Symbol:
-        return Symbol(self._trace, (*_parts_of(other), *self._parts))
-
-    def __contains__(self, item: object) -> bool:
-        return self._ask("contains", item)
-
-    def __bool__(self) -> bool:
-        return self._ask("is_true")
-
-    def __eq__(self, other: object) -> bool:
-        if other is None or isinstance(other, bool | int | float | list | tuple | dict):
-            return False
-        return self._ask("equals", other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = __str__ = __repr__ = __format__ = _refuse
-    __len__ = __iter__ = __reversed__ = __getitem__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
-    __int__ = __float__ = __index__ = __round__ = __abs__ = __getattr__ = _refuse
-
-
-def _parts_of(value: object) -> _Parts:
-    if type(value) is Symbol:
-        return value._parts
-    if type(value) is str:
-        return (value,)
-    raise Untraceable
 
 
 def _typed(piece: str) -> tuple[type[str], str]:
@@ -193,16 +43,20 @@ def _typed(piece: str) -> tuple[type[str], str]:
 class _Output:
     """What a way through a template gives: pieces, in terms of the texts."""
 
-    def __init__(self, pieces: Sequence[str], kind: type[str]) -> None:
-        """`pieces` are those of a trace; what was written of a symbol is to be of type `kind`."""
+    def __init__(self, pieces: Sequence[str], kind: type[str], max_chars: int) -> None:
+        """`pieces` are those of a trace; what was written of a symbol is to be of type `kind`.
+
+        `max_chars` is the most that the texts may have together.
+        """
+        self.max_chars = max_chars
         self._kind = kind
-        self._pieces: list[str | int | _Parts] = []  # a number is a text as it is
+        self._pieces: list[str | int | Parts] = []  # a number is a text as it is
         for piece in pieces:
             if not isinstance(piece, Written):
                 self._pieces.append(piece)
                 continue
             first = piece.parts[0]
-            if len(piece.parts) == 1 and isinstance(first, _Ref) and not first.strips:
+            if len(piece.parts) == 1 and isinstance(first, Ref) and not first.strips:
                 self._pieces.append(first.index)
             else:
                 self._pieces.append(piece.parts)
@@ -213,7 +67,7 @@ class _Output:
         return [
             kind(texts[piece])
             if type(piece) is int
-            else kind(_joined(piece, texts))
+            else kind(joined(piece, texts))
             if type(piece) is tuple
             else piece  # type: ignore[misc]
             for piece in self._pieces
@@ -273,6 +127,9 @@ class TracingEnvironment(Protocol):
 
     trace: Trace | None
 
+    @property
+    def budget(self) -> SpentBudget: ...
+
 
 class TracedTemplate:
     """A template over texts, run by itself only where its way is not known. For one thread."""
@@ -303,11 +160,13 @@ class TracedTemplate:
             if len(self._ways) >= _MAX_KEYS:
                 self._ways.clear()
             ways = self._ways[key] = _Ways()
-        if ways.is_given_up or sum(map(len, texts)) > MAX_TEXT_CHARS:
+        num_chars = sum(map(len, texts))
+        if ways.is_given_up or num_chars > MAX_TEXT_CHARS:
             return self.generate(make_context(texts))
         found = ways.find(texts)
         if found is not None:
-            return found.of(texts)
+            is_within = num_chars <= found.max_chars
+            return found.of(texts) if is_within else self.generate(make_context(texts))
         pieces = self.generate(make_context(texts))
         self._learn(ways, texts, make_context, pieces)
         return pieces
@@ -321,10 +180,10 @@ class TracedTemplate:
         try:
             traced = self.generate(make_context(trace.symbols))
             num_seen = sum(type(piece) is Written for piece in traced)
-            # What a macro or a block writes is joined to a plain text, which has lost the symbol.
+            # What was written and then joined to a plain text has lost the symbol.
             if num_seen != trace.num_written:
                 raise Untraceable
-            output = _Output(traced, self._kind)
+            output = _Output(traced, self._kind, trace.max_chars(self._environment.budget))
             if list(map(_typed, output.of(texts))) != list(map(_typed, pieces)):
                 raise Untraceable
             ways.add(trace.asked, output)
