@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from batchgen.dataset.reader import UnitReader, read_unit
-from batchgen.dataset.writer import check_values
+from batchgen.dataset.writer import check_rows
 from batchgen.errors import (
     BatchgenError,
     BudgetReached,
@@ -249,7 +249,7 @@ def _make_prompts(
     rows: Sequence[InputRow], kept: pa.Schema, builder: PromptBuilder
 ) -> list[Prompt | RowFailure]:
     """A prompt for each row, unless it has none or its kept values do not fit their columns."""
-    misfits = [check_values(kept, row.values) for row in rows]
+    misfits = check_rows(kept, [row.values for row in rows])
     fitting = [row for row, misfit in zip(rows, misfits, strict=True) if misfit is None]
     built = iter(builder.build(fitting))
     return [

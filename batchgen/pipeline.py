@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from batchgen.errors import BatchgenError, EngineError, ErrorRateExceeded
+from batchgen.garbage import rare_collections
 from batchgen.monitor.failure_gate import FailureGate
 from batchgen.monitor.watchdog import Watchdog, thread_report
 from batchgen.records import (
@@ -211,6 +212,15 @@ class Pipeline:
         Raises the first reason that stopped the run, after saving what had finished. Where that
         could not be saved, raises the error of saving, whose cause is the first reason.
         """
+        with rare_collections():
+            self._run(units, recovered, only)
+
+    def _run(
+        self,
+        units: Iterable[Unit],
+        recovered: Mapping[int, Sequence[RowResult]],
+        only: Mapping[int, Container[int]] | None,
+    ) -> None:
         watcher = self._start("watch", self._watch)
         feeders = [
             self._start("read", lambda: self._read(units, recovered, only)),
@@ -299,9 +309,13 @@ class Pipeline:
             if reason is not None:  # under `on_error: fail`, the row is tried again by the next run
                 self.stop(reason)
                 return
-            prompts = [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
-            keys = {prompt.key for prompt in prompts}
-            self._board.start(self._strip(row) for row in rows if row.key in keys)
+            started = [
+                (row, outcome)
+                for row, outcome in zip(batch, outcomes, strict=True)
+                if isinstance(row, InputRow) and isinstance(outcome, Prompt)
+            ]
+            prompts = [prompt for _, prompt in started]
+            self._board.start([self._strip(row) for row, _ in started])
             self._prompts.put(prompts)
         self._prompts.close()
 

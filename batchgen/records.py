@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length"]
 FailureKind = Literal[
@@ -55,12 +55,14 @@ class Unit:
     byte_end: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowKey:
-    """Which row: its unit, and its position within the unit (from 0)."""
+class RowKey(NamedTuple):
+    """Which row: its unit, and its position within the unit (from 0).
+
+    A tuple, because it is made, hashed and compared for every row at every stage.
+    """
 
     unit_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # not the method of tuples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,7 +99,7 @@ def _errors_json(counts: Counter[str], shown: list[RowFailure]) -> str:
     rows = [
         {
             "row_address": failure.address,
-            **asdict(failure.key),
+            **failure.key._asdict(),
             "type": failure.kind,
             "message": failure.message,
             "excerpt": failure.excerpt,

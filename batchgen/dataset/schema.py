@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -70,7 +70,19 @@ def check_values(schema: pa.Schema, values: Mapping[str, object]) -> str | None:
     Null fits everywhere, a missing column is null, and an integer fits a float column. Columns
     that the schema lacks are not looked at.
     """
-    for name, problem_of in _problems(schema):
+    return check_rows(schema, [values])[0]
+
+
+def check_rows(schema: pa.Schema, rows: Sequence[Mapping[str, object]]) -> list[str | None]:
+    """`check_values` of many rows, which is faster."""
+    finders = _problems(schema)
+    return [_first_problem(finders, values) for values in rows]
+
+
+def _first_problem(
+    finders: Sequence[tuple[str, Problem]], values: Mapping[str, object]
+) -> str | None:
+    for name, problem_of in finders:
         value = values.get(name)
         if value is not None and (problem := problem_of(value)) is not None:
             return f"column {name!r}: {problem}"

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from batchgen.dataset.schema import check_values, output_schema
+from batchgen.dataset.schema import check_rows, check_values, output_schema
 from batchgen.records import OutputRow, Part
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "build_parts",
+    "check_rows",
     "check_values",
     "dataset_json",
     "delete_superseded",

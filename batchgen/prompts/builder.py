@@ -46,7 +46,8 @@ class PromptBuilder:
 
         Raises UsageError where a template cannot be compiled or the model has no chat template.
         """
-        self._sampling = sampling
+        self._seed, self._samples = sampling.seed, range(sampling.n)
+        self._max_tokens, self._ignore_eos = sampling.max_tokens, sampling.ignore_eos
         self._overflow = spec.overflow
         self._max_model_len = max_model_len
         # The shortest output that the job allows must have room.
@@ -99,11 +100,9 @@ class PromptBuilder:
         return Prompt(
             key=row.key,
             token_ids=token_ids,
-            max_tokens=min(self._sampling.max_tokens, self._max_model_len - len(token_ids)),
-            seeds=tuple(
-                row_seed(self._sampling.seed, row.address, i) for i in range(self._sampling.n)
-            ),
-            ignore_eos=self._sampling.ignore_eos,
+            max_tokens=min(self._max_tokens, self._max_model_len - len(token_ids)),
+            seeds=tuple([row_seed(self._seed, row.address, i) for i in self._samples]),
+            ignore_eos=self._ignore_eos,
         )
 
     def _fit(self, row: InputRow, draft: object, token_ids: list[int]) -> list[int] | RowError:

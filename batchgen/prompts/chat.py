@@ -94,7 +94,7 @@ class ChatPrompts:
                 if self._control.find_in_data(Text((Data(key),))):
                     raise RowError.for_control_token(key, _excerpt(conversation))
         if self._mode == "error":
-            for text in conversation.texts():
+            for text in conversation.texts:
                 if found := self._control.find_in_data(text):
                     raise RowError.for_control_token(text.plain[slice(*found[0])], text.plain)
         return conversation
@@ -129,14 +129,14 @@ class ChatPrompts:
             for text, item in zip(texts, neutralized, strict=True)
             if isinstance(text, str) and not item.tokens
         ]
-        usual_ids = iter(self._encoder.encode_batch(usual))
+        encoded = iter(self._encoder.encode_prompts(usual, self._control))
         results: list[list[int] | RowError] = []
         for text, item in zip(texts, neutralized, strict=True):
             if isinstance(text, RowError):
                 results.append(text)
                 continue
-            token_ids = self._encode_parts(text, item) if item.tokens else next(usual_ids)
-            if self._mode == "allow" or self._is_safe(item, text, token_ids):
+            token_ids, count = self._encode_parts(text, item) if item.tokens else next(encoded)
+            if self._mode == "allow" or self._is_safe(item, text, count):
                 results.append(token_ids)
             else:
                 results.append(RowError.for_hidden_control_token(text))
@@ -158,12 +158,12 @@ class ChatPrompts:
             return _Neutralized(conversation, {})
         tokens = {
             text.plain[start:end]
-            for text in conversation.texts()
+            for text in conversation.texts
             for start, end in self._control.find_in_data(text)
         }
         if not tokens:
             return _Neutralized(conversation, {})
-        taken = "".join([self._chat_template, *(text.plain for text in conversation.texts())])
+        taken = "".join([self._chat_template, *(text.plain for text in conversation.texts)])
         placeholders = dict(zip(sorted(tokens), unused_characters(taken), strict=False))
 
         def replace(text: Text) -> Text:
@@ -180,14 +180,17 @@ class ChatPrompts:
             {placeholder: token for token, placeholder in placeholders.items()},
         )
 
-    def _encode_parts(self, text: str, item: _Neutralized) -> list[int]:
+    def _encode_parts(self, text: str, item: _Neutralized) -> tuple[list[int], int]:
+        """The ids with the row's control tokens as nothing but text, and how many are such."""
         parts = re.split(f"([{''.join(item.tokens)}])", text)
         is_plain = [part in item.tokens for part in parts]
-        return self._encoder.encode_parts([item.tokens.get(part, part) for part in parts], is_plain)
+        token_ids = self._encoder.encode_parts(
+            [item.tokens.get(part, part) for part in parts], is_plain
+        )
+        return token_ids, self._control.count(token_ids)
 
-    def _is_safe(self, item: _Neutralized, text: str, token_ids: Sequence[int]) -> bool:
-        """Whether every control token among the ids is the template's own."""
-        count = self._control.count(token_ids)
+    def _is_safe(self, item: _Neutralized, text: str, count: int) -> bool:
+        """Whether every one of the `count` control tokens is the template's own."""
         known = (item.conversation.structure, count)
         if count == 0 or known in self._known_counts:
             return True
@@ -200,7 +203,7 @@ class ChatPrompts:
 
     def _count_outside_data(self, conversation: Conversation, text: str) -> int | None:
         """How many control tokens the template writes; None if that cannot be told."""
-        free = unused_characters(text + "".join(text.plain for text in conversation.texts()))
+        free = unused_characters(text + "".join(text.plain for text in conversation.texts))
         start, end = next(free), next(free)
         marked = self._render(
             [conversation.written(lambda text: text.map_data(_wrapped(start, end)).plain)]
@@ -250,7 +253,7 @@ def message_sources(spec: PromptSpec) -> dict[str, str]:
 
 
 def _refuse_empty(conversation: Conversation) -> None:
-    data = [piece for text in conversation.texts() for piece in text.data]
+    data = [piece for text in conversation.texts for piece in text.data]
     if data and not any(piece.strip() for piece in data):
         raise RowError(
             "empty_prompt",
@@ -262,7 +265,7 @@ def _refuse_empty(conversation: Conversation) -> None:
 
 
 def _excerpt(conversation: Conversation) -> str:
-    return "\n".join(text.plain for text in conversation.texts())
+    return "\n".join(text.plain for text in conversation.texts)
 
 
 def _wrapped(start: str, end: str) -> Callable[[Data], str]:

@@ -8,8 +8,10 @@ https://huggingface.co/docs/transformers/chat_templating_writing
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -20,10 +22,12 @@ from jinja2.parser import Parser
 
 from batchgen.errors import UsageError
 from batchgen.prompts.sandbox import BoundedEnvironment
+from batchgen.prompts.tracing import Symbol, Texts, TracedTemplate
 
 _END_OF_OPEN_MESSAGE = "END_OF_OPEN_MESSAGE "
 # The names that a message's reasoning goes by; templates read the first, gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_PLAIN_KEYS = ("role", "content")
 _JSON_SCALARS = (str, int, float, bool, type(None))
 
 Messages = Sequence[Mapping[str, object]]
@@ -53,17 +57,33 @@ class ChatTemplate:
             raise UsageError(
                 f"the chat template cannot be used: line {error.lineno}: {error.message}"
             ) from error
+        self._traced = TracedTemplate(self._generate, self._environment, str)
 
     def render(self, messages: Messages) -> str:
         """The chat as text. Raises one of templates.RENDER_ERRORS."""
+        if not self._open_field and all(map(_is_plain_message, messages)):
+            roles = tuple(message["role"] for message in messages)
+            texts = [str(message["content"]) for message in messages]
+            return "".join(self._traced.render(roles, texts, self._context_of(roles)))
         chat = [_with_reasoning(_plain(message)) for message in messages]
         if self._open_field:
             return self._render_open(chat)
         return self._render(chat)
 
+    def _context_of(self, roles: Sequence[object]) -> Callable[[Sequence[object]], dict[str, Any]]:
+        def context(texts: Sequence[object]) -> dict[str, Any]:
+            pairs = zip(roles, texts, strict=True)
+            chat = [{"role": role, "content": text} for role, text in pairs]
+            return {"messages": chat, **self._variables}
+
+        return context
+
     def _render(self, chat: list[dict[str, Any]]) -> str:
+        return "".join(self._generate({"messages": chat, **self._variables}))
+
+    def _generate(self, context: Mapping[str, object]) -> list[str]:
         self._environment.budget.start()
-        return self._template.render(messages=chat, **self._variables)
+        return list(self._template.generate(context))
 
     def _render_open(self, chat: list[dict[str, Any]]) -> str:
         """The chat up to the end of its last message's text, which is marked to find it."""
@@ -105,7 +125,9 @@ def _environment() -> BoundedEnvironment:
     )
     budget = environment.budget
 
-    def written(value: object) -> object:
+    def written(value: object) -> str:
+        if type(value) is Symbol:
+            return value.written()
         text = value if type(value) is str else str(value)
         budget.chars(len(text))
         return text
@@ -113,8 +135,27 @@ def _environment() -> BoundedEnvironment:
     environment.finalize = written
     environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = functools.partial(_strftime_now, environment)
     return environment
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """The time, as a question that a way through the template depends on."""
+
+    form: str
+
+    def answer(self, _: Texts = ()) -> str:
+        return datetime.now().strftime(self.form)
+
+
+def _strftime_now(environment: BoundedEnvironment, form: str) -> str:
+    now = _Now(form)
+    return now.answer() if environment.trace is None else str(environment.trace.ask(now))
+
+
+def _is_plain_message(message: Mapping[str, object]) -> bool:
+    return tuple(message) == _PLAIN_KEYS and all(type(each) is str for each in message.values())
 
 
 def _raise_exception(message: str) -> NoReturn:

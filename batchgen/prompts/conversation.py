@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from batchgen.prompts.row_error import RowError
 from batchgen.prompts.templates import Data, Text
@@ -16,7 +17,7 @@ _TYPES = ("text", "function")
 _MAX_DEPTH = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Conversation:
     """Messages as a chat template takes them, but with a `Text` for each string but the role."""
 
@@ -48,10 +49,10 @@ class Conversation:
             messages.append(changed)
         return Conversation(tuple(messages))
 
-    def texts(self) -> Iterator[Text]:
+    @cached_property
+    def texts(self) -> list[Text]:
         """Every text, in order."""
-        for message in self.messages:
-            yield from _texts(message)
+        return _texts(self.messages)
 
     def all_keys(self) -> Iterator[str]:
         """Every name within the messages: of tool arguments, say."""
@@ -62,8 +63,8 @@ class Conversation:
         """The texts of the last user message, or of all messages where there is none."""
         for message in reversed(self.messages):
             if message["role"] == "user":
-                return list(_texts(message))
-        return list(self.texts())
+                return _texts((message,))
+        return self.texts
 
 
 def _map_texts(value: object, change: Callable[[Text], object]) -> object:
@@ -76,15 +77,16 @@ def _map_texts(value: object, change: Callable[[Text], object]) -> object:
     return value
 
 
-def _texts(value: object) -> Iterator[Text]:
-    if isinstance(value, Text):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+def _texts(values: Iterable[object]) -> list[Text]:
+    found: list[Text] = []
+    for value in values:
+        if isinstance(value, Text):
+            found.append(value)
+        elif isinstance(value, dict):
+            found += _texts(value.values())
+        elif isinstance(value, list):
+            found += _texts(value)
+    return found
 
 
 def _keys(value: object) -> Iterator[str]:

@@ -56,31 +56,33 @@ class RawPrompts:
 
     def encode(self, texts: Sequence[Text]) -> list[list[int] | RowError]:
         """The ids of each text, or why it has none."""
-        if self._mode == "allow":
-            return list(self._encoder.encode_batch([text.plain for text in texts]))
-        found = [self._control.find_in_data(text) for text in texts]
+        is_allowed = self._mode == "allow"
+        found = [[] if is_allowed else self._control.find_in_data(text) for text in texts]
         usual = iter(
-            self._encoder.encode_batch(
-                [text.plain for text, ranges in zip(texts, found, strict=True) if not ranges]
+            self._encoder.encode_prompts(
+                [text.plain for text, ranges in zip(texts, found, strict=True) if not ranges],
+                self._control,
             )
         )
         results: list[list[int] | RowError] = []
         for text, ranges in zip(texts, found, strict=True):
-            token_ids = self._neutralized(text.plain, ranges) if ranges else next(usual)
-            if self._control.count(token_ids) == self._own_count(text):
+            token_ids, count = self._neutralized(text.plain, ranges) if ranges else next(usual)
+            if is_allowed or count == self._own_count(text):
                 results.append(token_ids)
             else:
                 results.append(RowError.for_hidden_control_token(text.plain))
         return results
 
-    def _neutralized(self, plain: str, ranges: Sequence[tuple[int, int]]) -> list[int]:
+    def _neutralized(self, plain: str, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+        """The ids with the ranges as nothing but text, and how many are control tokens."""
         parts = []
         end = 0
         for start, stop in ranges:
             parts += [plain[end:start], plain[start:stop]]
             end = stop
         parts.append(plain[end:])
-        return self._encoder.encode_parts(parts, [bool(i % 2) for i in range(len(parts))])
+        token_ids = self._encoder.encode_parts(parts, [bool(i % 2) for i in range(len(parts))])
+        return token_ids, self._control.count(token_ids)
 
     def _own_count(self, text: Text) -> int:
         """How many control tokens the template and the model's frame put in by themselves."""

@@ -27,6 +27,7 @@ from jinja2.utils import Namespace
 
 from batchgen.prompts.budget import Budget
 from batchgen.prompts.checked_calls import CHECKED_METHODS, FILTER_CHECKS, Counted, checked_method
+from batchgen.prompts.tracing import Symbol, Trace, Untraceable
 
 MAX_TEMPLATE_CHARS = 256 << 10
 _CHARS_PER_STEP = 64  # of template that a step may run through
@@ -49,6 +50,10 @@ _BYTES_METHODS = frozenset({"decode", "hex", "startswith", "endswith", "find", "
 _LEFT_OUT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 
 
+# What a text is, by jinja's tests.
+_TESTS_OF_TEXTS = ("string", "iterable", "sequence")
+
+
 class SafeNamespace(Namespace):
     """jinja's `namespace` without Python's insides, and without its values when written."""
 
@@ -64,6 +69,17 @@ class SafeNamespace(Namespace):
 
     def __repr__(self) -> str:
         return "namespace"
+
+
+def _holds_for_symbols(test: Callable[..., Any]) -> Callable[..., bool]:
+    return lambda value: type(value) is Symbol or bool(test(value))
+
+
+def _filtered_symbol(name: str, value: Symbol, args: Any, kwargs: Any) -> Symbol:
+    """A text that is traced, after a filter. Raises Untraceable for all filters but one."""
+    if name != "trim" or args or kwargs:
+        raise Untraceable
+    return value.strip()
 
 
 class _BoundedCode(CodeGenerator):
@@ -153,6 +169,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def __init__(self, **options: Any) -> None:
         self.budget = Budget()
+        self.trace: Trace | None = None  # that is under way
         self._is_safe: dict[tuple[type, str], bool] = {}
         self._step_cost = 1
         self._template_chars = 0
@@ -161,6 +178,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
         self.globals["namespace"] = SafeNamespace
         self.globals["dict"] = lambda *args, **values: dict(*args, **values)
+        for name in _TESTS_OF_TEXTS:
+            self.tests[name] = _holds_for_symbols(self.tests[name])  # type: ignore[arg-type]
         for name in _LEFT_OUT_FILTERS:
             del self.filters[name]
         for name, function in list(self.filters.items()):
@@ -174,6 +193,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             value = args[num_own]
+            if type(value) is Symbol:
+                return _filtered_symbol(name, value, args[num_own + 1 :], kwargs)
             self.budget.step(len(value) // _CHARS_PER_SCAN if isinstance(value, str) else 1)
             if check is not None:
                 args = (*args[:num_own], *check(self.budget, args[num_own:], kwargs))
@@ -258,6 +279,8 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return lambda *args, **kwargs: vformat(text, args, kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is Symbol:
+            return obj.method(attribute)
         # What jinja does too, but by way of an exception.
         if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from batchgen.prompts.shared_head import SharedHead
 from batchgen.prompts.templates import Text
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class ControlTokens:
 
     def find_in_data(self, text: Text) -> list[tuple[int, int]]:
         """The ranges of `text.plain` that spell a control token with characters of the row."""
-        matches = [match.span() for match in self._pattern.finditer(text.plain)]
-        if not matches:
+        plain = text.plain
+        if self._pattern.search(plain) is None:
             return []
+        matches = [match.span() for match in self._pattern.finditer(plain)]
         data = text.data_spans()
         return [
             (start, end)
@@ -70,6 +72,7 @@ class Encoder:
         self._add_special_tokens = add_special_tokens
         self._newline = self._encode("\n")
         self.prefix, self.suffix = self._frame()
+        self._head = SharedHead(self._backend)
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """What `add_special_tokens` puts before and after a text."""
@@ -81,9 +84,28 @@ class Encoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text. Lets other threads run meanwhile."""
-        encodings = self._backend.encode_batch_fast(
-            list(texts), add_special_tokens=self._add_special_tokens
-        )
+        return [[*self.prefix, *ids, *self.suffix] for ids in self._encode_all(texts)]
+
+    def encode_prompts(
+        self, texts: Sequence[str], control: ControlTokens
+    ) -> list[tuple[list[int], int]]:
+        """The ids of each text, and how many of them are control tokens.
+
+        What many texts begin with is encoded and counted once.
+        """
+        encoded = self._head.encode(texts, self._encode_all)
+        in_head = control.count(self._head.ids)
+        in_frame = control.count(self.prefix) + control.count(self.suffix)
+        return [
+            (
+                [*self.prefix, *head, *rest, *self.suffix],
+                (in_head if head else 0) + control.count(rest) + in_frame,
+            )
+            for head, rest in encoded
+        ]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_parts(self, parts: Sequence[str], is_plain: Sequence[bool]) -> list[int]:

@@ -20,6 +20,7 @@ from jinja2.exceptions import SecurityError
 
 from batchgen.errors import UsageError
 from batchgen.prompts.sandbox import BoundedEnvironment
+from batchgen.prompts.tracing import Symbol, TracedTemplate
 
 # What a template may raise over the values of one row; jinja2 lets Python's own errors through.
 RENDER_ERRORS = (
@@ -147,7 +148,9 @@ def _environment() -> BoundedEnvironment:
     environment = BoundedEnvironment(undefined=jinja2.StrictUndefined)
     budget = environment.budget
 
-    def finalize(value: object) -> Data:
+    def finalize(value: object) -> str:
+        if type(value) is Symbol:
+            return value.written()
         if value is None:
             raise jinja2.UndefinedError("an expression of the template is null")
         data = Data(value)
@@ -168,9 +171,9 @@ class TemplateSet:
 
     def __init__(self, sources: Mapping[str, str]) -> None:
         """`sources` maps where a template stands in the job file to its text."""
-        environment = _environment()
-        self._budget = environment.budget
+        environment = self._environment = _environment()
         self._templates: list[tuple[str, jinja2.Template]] = []
+        self._traced: list[tuple[Sequence[str], TracedTemplate]] = []  # columns, by template
         self._constants: dict[int, Text] = {}  # of templates without any expression
         columns: set[str] = set()
         for where, source in sources.items():
@@ -184,25 +187,30 @@ class TemplateSet:
             _refuse_blocks(tree, where)
             if _is_literal(tree):
                 self._constants[len(self._templates)] = Text((template.render(),))
-            columns |= jinja2.meta.find_undeclared_variables(tree)
+            names = sorted(jinja2.meta.find_undeclared_variables(tree))
+            columns.update(names)
             # jinja makes a ChainMap of them, and walks it with every row.
             template.globals = dict(template.globals)
             self._templates.append((where, template))
+            self._traced.append((names, self._trace(template)))
         self.columns = frozenset(columns)
 
     def render(self, values: Mapping[str, object]) -> list[Text]:
         """One text for each template, in order. Raises one of RENDER_ERRORS."""
-        context = {
-            name: _with_nulls(values[name], f"column {name!r}")
-            for name in self.columns
-            if name in values
-        }
-        self._budget.start()
         texts = []
-        for index, (_, template) in enumerate(self._templates):
+        for index, (names, template) in enumerate(self._traced):
             text = self._constants.get(index)
-            texts.append(Text(tuple(template.generate(context))) if text is None else text)
+            texts.append(_render(names, template, values) if text is None else text)
         return texts
+
+    def _trace(self, template: jinja2.Template) -> TracedTemplate:
+        environment = self._environment
+
+        def generate(context: Mapping[str, object]) -> Sequence[str]:
+            environment.budget.start()
+            return list(template.generate(context))
+
+        return TracedTemplate(generate, environment, Data)
 
     def check(self, values: Mapping[str, object]) -> None:
         """Render one row to see that the sandbox lets the templates through.
@@ -216,13 +224,26 @@ class TemplateSet:
         except RecursionError:
             return
         for where, template in self._templates:
-            self._budget.start()
+            self._environment.budget.start()
             try:
                 template.render(context)
             except SecurityError as error:
                 raise UsageError(f"{where} does what a template may not do: {error}") from error
             except RENDER_ERRORS:
                 continue
+
+
+def _render(names: Sequence[str], template: TracedTemplate, values: Mapping[str, object]) -> Text:
+    """The template's text over these columns of a row."""
+    texts = [value for name in names if type(value := values.get(name)) is str]
+    if len(texts) == len(names):
+        pieces = template.render(None, texts, lambda texts: dict(zip(names, texts, strict=True)))
+    else:
+        context = {
+            name: _with_nulls(values[name], f"column {name!r}") for name in names if name in values
+        }
+        pieces = template.generate(context)
+    return Text(tuple(pieces))
 
 
 def _refuse_blocks(tree: jinja2.nodes.Template, where: str) -> None:

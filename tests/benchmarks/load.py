@@ -3,8 +3,9 @@
     python tests/benchmarks/load.py [--rows 10000000] [--unit-rows 4096] [--prompt template]
 
 The input is JSON lines of about 40 bytes. The engine is one that answers at once, so what is
-measured is what runs beside a real one. Prints one JSON object; memory is the resident set of the
-process, sampled while it runs, over the first fifth of the rows and over the rest.
+measured is what runs beside a real one. The rates are of the whole run, its start included. Prints
+one JSON object; memory is the resident set of the process, sampled while it runs, over the first
+fifth of the rows and over the rest.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "batchgen"
 
 # Rooms from the bottom up: a room imports what is below it, and never one beside it.
 RANKS = (
-    ("__init__", "errors", "records", "redaction", "retries"),
+    ("__init__", "errors", "records", "redaction", "retries", "garbage"),
     ("kernels", "job", "dataset.storage"),
     ("dataset", "prompts", "ledger", "models", "monitor", "supervision"),
     ("engine",),
