@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from standin import StandInEngine
 
-from batchgen import generating, startup
+from batchgen import generating, pipeline, startup
 from batchgen.job.loading import load_job
 from batchgen.job.spec import JobSpec
 from batchgen.records import Prompt, RowKey
@@ -48,14 +49,15 @@ def trial_job(folder: Path, model: Path, store: str) -> JobSpec:
 
 
 class TextSide:
-    """The model's files, tokenizer and templates, which take longer to load than a trial."""
+    """The model's files, tokenizer and templates, loaded once: that takes longer than a trial."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._files = startup.resolve_model(spec.model)
         self._text_model = startup.load_text_model(spec, self._files)
 
     def load_at_once(self, patches: pytest.MonkeyPatch) -> None:
-        """Let runs take them from here."""
+        """Let runs take them from here, and collect no garbage, which takes longer, too."""
+        patches.setattr(pipeline, "rare_collections", contextlib.nullcontext)
         patches.setattr(startup, "resolve_model", lambda _: self._files)
         for module in (startup, generating):
             patches.setattr(module, "load_text_model", lambda *_: self._text_model)

@@ -46,7 +46,8 @@ FRAGMENTS = (
     " ", "  ", "\n", "\r\n", "\t", "\u00a0", "s", "me", "the", " the", "cat", " cat", "York",
     " York", "New York", "mask", " mask", "mask ", ".", ", ", ":", "'s", "'", "re", "12",
     " 345", "e", "é", "e\u0301", "\u0301", "K", "\u212a", "\u212a b", "\u1100\u1161", "你好", "😀",
-    "\ue000", "<s>", "<s> ", "<think>", "A", "Q", "/", "/\n", "ǅ", "ʰ",
+    "<|im_start|>",
+    "\n<|im_start|>", " <|im_end|>", "<|im_", "<", "\u0338", "\ue000", "<s>", "<s> ", "<think>", "A", "Q", "/", "/\n", "ǅ", "ʰ",
 )  # fmt: skip
 
 
@@ -83,6 +84,17 @@ ADDED = {
     "single_word": (AddedToken(" the", single_word=True), AddedToken("cat", single_word=True)),
     "normalized": (AddedToken("\u212a b", normalized=True), AddedToken("é", normalized=True)),
     "one that is one only when normalized": (AddedToken("sat\u037e b", normalized=True),),
+    "chat": (
+        AddedToken("<|im_start|>", special=True, normalized=False),
+        AddedToken("<|im_end|>", special=True, normalized=False),
+    ),
+    "chat, with one that takes more": (
+        AddedToken("<|im_start|>", special=True, normalized=False),
+        AddedToken("<|im_start|>A", lstrip=True, normalized=False),
+        AddedToken("<|im_start|>Q", normalized=False),
+        AddedToken("\n<|im", normalized=False),
+        AddedToken("\n\n<|im_start|>A", normalized=False),
+    ),
     "harmless": (
         AddedToken("<s>", special=True, rstrip=True),
         AddedToken("  "),
@@ -90,7 +102,7 @@ ADDED = {
         AddedToken("the", single_word=True, lstrip=True),
     ),
 }
-MAY_CUT = ("none", "lstrip", "harmless")
+MAY_CUT = ("none", "lstrip", "harmless", "chat", "chat, with one that takes more")
 
 
 def make_bpe(
@@ -158,7 +170,8 @@ rest = st.lists(st.sampled_from(FRAGMENTS), max_size=4).map("".join)
 def batches(draw: st.DrawFn) -> list[list[str]]:
     """Some with the same beginning, some that end or go on elsewhere in it, some without it."""
     fragments = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
-    head = draw(st.one_of(st.just(HEAD), fragments.map(lambda more: HEAD + more)))
+    chat = HEAD + "<|im_end|>\n\n<|im_start|>"
+    head = draw(st.one_of(st.sampled_from([HEAD, chat]), fragments.map(lambda more: HEAD + more)))
     part = st.integers(len(HEAD) - 40, len(head)).map(lambda end: head[:end])
     usual = st.builds(str.__add__, st.just(head), rest)
     other = st.builds(str.__add__, part, rest)
@@ -204,6 +217,16 @@ def test_the_head_is_encoded_once(words: str) -> None:
         assert recorded.encoded == [
             text[cut:] if text.startswith(HEAD) else text for text in texts
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_chat_is_cut_before_the_last_control_token_that_all_have(words: str) -> None:
+    recorded = Recorded(BACKENDS[words, "chat", True])
+    head = HEAD + "<|im_end|>\n"
+    recorded.encode([head + "<|im_start|>12", head + "<|im_start|>34"])
+    texts = [head + "<|im_start|>\u0338 A", head + "<|im_start|>", head + "<|im_start", head]
+    assert recorded.encode(texts) == whole(recorded.backend, texts)
+    assert recorded.encoded == ["<|im_start|>\u0338 A", "<|im_start|>", *texts[2:]]
 
 
 def test_a_new_head_takes_the_place_of_one_that_few_texts_have() -> None:
