@@ -137,7 +137,7 @@ EXPRESSIONS = (
     "joiner(T)()", "loop.cycle(T, 'c')", "loop.previtem.content", "[T, T] | unique | list | length",
     "(messages | selectattr('content', 'equalto', T) | list | length)", "(T | title)", "loop.index",
     "(messages | groupby('content') | length)", "(messages | sort(attribute='content') | length)",
-    "(messages | selectattr('content') | list | length)", "T.startswith('a')", "(T | reverse)",
+    "(messages | selectattr('content') | list | length)", "T.startswith('a')", "(T | reverse | join)",
     "[T].index('a')", "[T, 'a'].count('a')", "(none | default(T))", "dict(k=T)['k']", "b",
     "(T | capitalize)", "(T | lower)", "(T | truncate(3))", "'a'.join([T, T])", "(T % ())",
 )  # fmt: skip
