@@ -137,9 +137,10 @@ EXPRESSIONS = (
     "joiner(T)()", "loop.cycle(T, 'c')", "loop.previtem.content", "[T, T] | unique | list | length",
     "(messages | selectattr('content', 'equalto', T) | list | length)", "(T | title)", "loop.index",
     "(messages | groupby('content') | length)", "(messages | sort(attribute='content') | length)",
-    "(messages | selectattr('content') | list | length)", "T.startswith('a')", "(T | reverse)",
-    "[T].index('a')", "[T, 'a'].count('a')", "(none | default(T))", "dict(k=T)['k']", "b",
-    "(T | capitalize)", "(T | lower)", "(T | truncate(3))", "'a'.join([T, T])", "(T % ())",
+    "(messages | selectattr('content') | list | length)", "T.startswith('a')",
+    "(T | reverse | join)", "[T].index('a')", "[T, 'a'].count('a')", "(none | default(T))",
+    "dict(k=T)['k']", "b", "(T | capitalize)", "(T | lower)", "(T | truncate(3))",
+    "'a'.join([T, T])", "(T % ())",
 )  # fmt: skip
 CONDITIONS = (
     "'a' in T", "'a' not in T", "T in 'abc'", "T == 'a'", "T != ''", "'a' == T", "T == T",
