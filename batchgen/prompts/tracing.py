@@ -31,6 +31,7 @@ from batchgen.prompts.symbols import (
 
 _MAX_WAYS = 256  # through a template, of one key; with more, it decides by the text
 _MAX_KEYS = 1024
+_MAX_WAYS_IN_ALL = 8192
 _MAX_FAILURES = 8  # rows whose trace ended, of one key
 
 MakeContext = Callable[[Sequence[Any]], Mapping[str, object]]
@@ -148,6 +149,7 @@ class TracedTemplate:
         self._environment = environment
         self._kind = kind
         self._ways: dict[Hashable, _Ways] = {}
+        self._num_ways = 0
 
     def render(self, key: Hashable, texts: Texts, make_context: MakeContext) -> Sequence[str]:
         """The pieces of the template's output.
@@ -157,8 +159,9 @@ class TracedTemplate:
         """
         ways = self._ways.get(key)
         if ways is None:
-            if len(self._ways) >= _MAX_KEYS:
+            if len(self._ways) >= _MAX_KEYS or self._num_ways >= _MAX_WAYS_IN_ALL:
                 self._ways.clear()
+                self._num_ways = 0
             ways = self._ways[key] = _Ways()
         num_chars = sum(map(len, texts))
         if ways.is_given_up or num_chars > MAX_TEXT_CHARS:
@@ -187,6 +190,7 @@ class TracedTemplate:
             if list(map(_typed, output.of(texts))) != list(map(_typed, pieces)):
                 raise Untraceable
             ways.add(trace.asked, output)
+            self._num_ways += 1
         except (Untraceable, Exception):
             ways.num_failures += 1
         finally:
