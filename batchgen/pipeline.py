@@ -42,7 +42,7 @@ from batchgen.units import FinishedUnit, UnitBoard
 
 PLANNING_WINDOW_ROWS = 65536
 _CHANNEL_ROWS = 4096
-_BATCH_ROWS = 256
+_BATCH_ROWS = 1024
 _WATCH_INTERVAL_S = 0.2
 _JOIN_TIMEOUT_S = 3.0
 _ABANDON_S = 15.0  # that a run which hangs is given to end and to save, each

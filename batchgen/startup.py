@@ -6,6 +6,7 @@ of these, in `runner`. A job that cannot run leaves no ledger behind, and no tor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -187,6 +188,10 @@ def open_ledger_storage(spec: JobSpec) -> Storage:
 
 def load_text_model(spec: JobSpec, files: ModelFiles) -> TextModel:
     """Config, tokenizer and templates: what prompts need, without torch."""
+    if (os.cpu_count() or 1) <= 2:
+        # One core for the tokenizer and one for Python: two threads of the tokenizer's take the
+        # second from the thread that holds the interpreter, and a fifth from the rate.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     config = load_config(files)
     tokenizer = load_tokenizer(files)
     max_model_len = resolve_max_model_len(config, spec.model.max_model_len)

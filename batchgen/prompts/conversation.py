@@ -34,12 +34,13 @@ class Conversation:
 
     def written(self, write: Callable[[Text], str]) -> list[dict[str, object]]:
         """The messages with each text as `write` gives it."""
-        messages = []
-        for message in self.messages:
-            plain = _map_texts(message, write)
-            assert isinstance(plain, dict)
-            messages.append(plain)
-        return messages
+        return [
+            {
+                key: write(item) if type(item) is Text else _map_texts(item, write)
+                for key, item in message.items()
+            }
+            for message in self.messages
+        ]
 
     def map_texts(self, change: Callable[[Text], Text]) -> Conversation:
         messages = []
