@@ -25,7 +25,7 @@ from batchgen.publishing import is_published, publish_job
 from batchgen.records import EngineStats, RowResult
 from batchgen.retry import RetriedUnits, Retry, refuse_unbegun, reopen_failed
 from batchgen.startup import OpenJob, TextModel, open_job
-from batchgen.supervision import Worker
+from batchgen.supervision import EarlierWork, Worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +63,15 @@ def run_job(
         spec = _going_on(spec)
         commits = None if retry is None else reopen_failed(job, retry)
         if is_published(job):
-            return _report(job, earlier_rows=job.ledger.counts().ended)
+            return _report(job, _work_of(job.ledger.counts()))
         if worker is not None and worker.assignment.culprits:
             job = set_aside(job, worker.assignment.culprits)
-        earlier, begun = _begin(job, retry, commits)
-        budget = Budget(spec.budget, started_s=started_s, output_tokens=earlier.output_tokens)
+        counts, begun = _begin(job, retry, commits)
+        budget = Budget(spec.budget, started_s=started_s, output_tokens=counts.output_tokens)
+        earlier = _work_of(counts)
+        if worker is not None:
+            worker.begun(earlier)
+            earlier = worker.assignment.earlier or earlier
         stats = generate(job, begun, budget, make_engine or load_engine, max_rows, worker)
         if worker is not None and worker.assignment.only is not None:
             return RunReport(uri=spec.output.uri, counts=job.ledger.counts(), summary="")
@@ -75,7 +79,12 @@ def run_job(
         wall_s = time.monotonic() - started_s
         has_grown = not publish_job(job, wall_s)
         if not has_grown or retry is not None:  # who has added files publishes the retry, too
-            return _report(job, earlier_rows=earlier.ended, wall_s=wall_s, stats=stats)
+            is_restart = worker is not None and worker.assignment.is_restart
+            return _report(job, earlier, is_restart=is_restart, wall_s=wall_s, stats=stats)
+
+
+def _work_of(counts: RunCounts) -> EarlierWork:
+    return EarlierWork(counts.ended, counts.prompt_tokens, counts.output_tokens)
 
 
 def _going_on(spec: JobSpec) -> JobSpec:
@@ -141,12 +150,18 @@ def _gate(job: OpenJob, flushed: Mapping[int, Sequence[RowResult]] | None) -> Fa
 
 def _report(
     job: OpenJob,
+    earlier: EarlierWork,
     *,
-    earlier_rows: int,
+    is_restart: bool = False,
     wall_s: float = 0.0,
     stats: EngineStats | None = None,
 ) -> RunReport:
+    """`earlier` is what was done when the command began, `stats` are the last worker's."""
     counts = job.ledger.counts()
+    tokens = (
+        counts.prompt_tokens - earlier.prompt_tokens,
+        counts.output_tokens - earlier.output_tokens,
+    )
     kinds: Counter[str] = Counter()
     for commit in job.ledger.committed.values():
         failures = read_failures(job.ledger_storage, commit.dead_letters)
@@ -157,9 +172,10 @@ def _report(
         ok_rows=counts.ok,
         failed_rows=counts.failed,
         skipped_rows=counts.skipped,
-        earlier_rows=earlier_rows,
+        earlier_rows=earlier.rows,
         wall_s=wall_s,
         engine=stats,
+        tokens=tokens if is_restart else None,
         dead_letters=kinds,
         dead_letters_uri=redact(f"{job.ledger_storage.uri}/dead"),
         budget=budget_text(job.spec.budget, output_tokens=counts.output_tokens, wall_s=wall_s),

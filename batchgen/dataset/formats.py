@@ -163,7 +163,7 @@ def readable(file: InputFile, options: Mapping[str, object] | None = None) -> It
         from_decoder = type(error) is OSError and error.errno is None and error.__cause__ is None
         if not from_decoder and not isinstance(error, decoding):
             raise StorageError(refusal("read", file.uri, error, options)) from error
-        why = redact_message(" ".join(str(error).split()), options)
+        why = redact_message(" ".join(str(error).split()), options).rstrip(".")
         raise InputError(
             f"{redact(file.uri)} cannot be read, it is truncated or damaged: {why}; "
             "write it again, or leave it out of input.uri"

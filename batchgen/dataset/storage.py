@@ -348,6 +348,10 @@ def refusal(
     again = "then run the same command again: what is committed is kept"
     if number in {errno.ENOSPC, errno.EDQUOT}:
         why = f"the disk is full ({os.strerror(number)}); free some space, {again}"
+    elif number == errno.EFBIG:
+        why = f"the file is larger than the process or the disk may have ({reason}), {again}"
+    elif number == errno.ENOTDIR:
+        why = f"a part of this path is a file and no folder ({reason}); choose another, {again}"
     elif number == errno.EROFS:
         why = f"the disk is read-only; make it writable or choose another folder, {again}"
     elif isinstance(error, PermissionError):

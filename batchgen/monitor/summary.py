@@ -21,6 +21,7 @@ class RunSummary:
     earlier_rows: int = 0  # of these, the ones that earlier runs had ended
     wall_s: float
     engine: EngineStats | None = None  # None where no model was loaded
+    tokens: tuple[int, int] | None = None  # of prompts and outputs, where not only this engine's
     dead_letters: Mapping[str, int] = field(default_factory=dict)  # failed rows by kind
     dead_letters_uri: str = ""
     budget: str = ""  # what is used of it; empty without one
@@ -55,7 +56,8 @@ def summary_text(run: RunSummary) -> str:
         f"+ {run.skipped_rows:,} skipped" + _earlier(run)
     ]
     if run.engine is not None:
-        lines += [_speed(run, run.engine), kv_text(run.engine)]
+        since = "" if run.tokens is None else "since the last start, "
+        lines += [_speed(run, run.engine), since + kv_text(run.engine)]
     if run.budget:
         lines.append(f"budget: {run.budget}")
     if run.failed_rows:
@@ -75,10 +77,11 @@ def _earlier(run: RunSummary) -> str:
 def _speed(run: RunSummary, engine: EngineStats) -> str:
     wall_s = max(run.wall_s, 1e-9)
     rows = run.total_rows - run.earlier_rows
+    prompt_tokens, output_tokens = run.tokens or (engine.prompt_tokens, engine.output_tokens)
     return (
         f"time: {format_duration(run.wall_s)}, {rows / wall_s:,.1f} rows/s, "
-        f"{engine.prompt_tokens:,} prompt tokens ({engine.prompt_tokens / wall_s:,.0f}/s), "
-        f"{engine.output_tokens:,} output tokens ({engine.output_tokens / wall_s:,.0f}/s)"
+        f"{prompt_tokens:,} prompt tokens ({prompt_tokens / wall_s:,.0f}/s), "
+        f"{output_tokens:,} output tokens ({output_tokens / wall_s:,.0f}/s)"
         + (f", {engine.resumed_tokens:,} more of stopped runs" if engine.resumed_tokens else "")
     )
 

@@ -1,7 +1,8 @@
 """What a worker is told, and the pipe on which it tells which rows its engine has.
 
 A message is a kind (one byte), the length of its body (8 bytes), and the body: row keys as pairs
-of int64, or a text. A message that a death cut short is none: the engine had not got those rows.
+of int64, three counts as int64, or a text. A message that a death cut short is none: the engine had
+not got those rows.
 """
 
 from __future__ import annotations
@@ -10,11 +11,20 @@ import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from batchgen.records import Completion, Prompt, RowKey
 
-_GIVEN, _ENDED, _FAILED = b"g", b"e", b"f"
+_BEGUN, _GIVEN, _ENDED, _FAILED = b"b", b"g", b"e", b"f"
 _HEAD_BYTES = 9
+
+
+class EarlierWork(NamedTuple):
+    """What was done when a command began."""
+
+    rows: int
+    prompt_tokens: int
+    output_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +34,7 @@ class Assignment:
     only: tuple[RowKey, ...] | None = None  # these rows, without publishing; None: all of it
     culprits: Mapping[RowKey, str] = field(default_factory=dict)  # rows to set aside first, and why
     is_restart: bool = False  # another worker of this command has run before
+    earlier: EarlierWork | None = None  # when the first worker began; None: that is this one
 
 
 class Worker:
@@ -32,6 +43,10 @@ class Worker:
     def __init__(self, assignment: Assignment, descriptor: int) -> None:
         self.assignment = assignment
         self._descriptor = descriptor
+
+    def begun(self, earlier: EarlierWork) -> None:
+        """Tell what was done before, for the workers that may come."""
+        self._send(_BEGUN, array("q", earlier).tobytes())
 
     def given(self, prompts: Sequence[Prompt]) -> None:
         """Tell that the engine is about to get these."""
@@ -58,6 +73,7 @@ class WorkerReport:
     def __init__(self) -> None:
         self.num_ended = 0
         self.failure: str | None = None  # what the engine raised
+        self.earlier: EarlierWork | None = None  # when the worker began
         self._in_engine: dict[RowKey, None] = {}  # in the order in which they were given
         self._buffer = bytearray()
 
@@ -82,6 +98,9 @@ class WorkerReport:
     def _take(self, kind: bytes, body: bytes) -> None:
         if kind == _FAILED:
             self.failure = body.decode()
+            return
+        if kind == _BEGUN:
+            self.earlier = EarlierWork(*array("q", body))
             return
         keys = _decode(body)
         if kind == _GIVEN:

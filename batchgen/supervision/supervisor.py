@@ -73,7 +73,8 @@ def supervise(work: Work, notices: Container[signal.Signals]) -> int:
             else:
                 report = end.report
                 hunt.died(end.why, report.suspects, num_ended=report.num_ended)
-            assignment = replace(hunt.next(), is_restart=True)
+            earlier = assignment.earlier or end.report.earlier
+            assignment = replace(hunt.next(), is_restart=True, earlier=earlier)
             _say(end, assignment)
     return work(end)
 

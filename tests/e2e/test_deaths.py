@@ -278,3 +278,7 @@ def test_the_real_command_is_supervised(deaths: Deaths) -> None:
     assert out.strip() == str(deaths.folder / "out")
     status = json.loads(batchgen("status", "--json", deaths.job).stdout)
     assert status["rows"]["ok"] == NUM_ROWS
+    # The summary is the command's, not the last worker's.
+    assert "done before this run" not in err
+    assert f" {status['tokens']['output']:,} output tokens (" in err
+    assert "since the last start, KV: " in err

@@ -214,6 +214,27 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
     assert first.startswith("cannot write disk/out/a: the disk is read-only")
 
 
+def test_a_file_in_the_place_of_a_folder_above(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a part of this path is a file and no folder"):
+        Storage.open(str(tmp_path / "file" / "out")).put("a", b"")
+
+
+def test_a_file_that_is_larger_than_the_process_may_write(tmp_path: Path) -> None:
+    script = f"""
+        import resource, signal
+        from batchgen.dataset.storage import Storage
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        Storage.open({str(tmp_path)!r}).put("a", bytes(2000))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
+    assert "the file is larger than the process or the disk may have" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)

@@ -62,6 +62,24 @@ def test_the_summary_of_a_run_that_was_done_already() -> None:
     ]
 
 
+def test_the_summary_after_a_restart_counts_the_whole_command() -> None:
+    run = RunSummary(
+        uri="out",
+        total_rows=60,
+        ok_rows=60,
+        failed_rows=0,
+        skipped_rows=0,
+        wall_s=30.0,
+        engine=EngineStats(prompt_tokens=200, output_tokens=20),
+        tokens=(6000, 900),
+    )
+    assert summary_text(run).splitlines()[1:3] == [
+        "time: 0:30, 2.0 rows/s, 6,000 prompt tokens (200/s), 900 output tokens (30/s)",
+        "since the last start, KV: 0.0% wasted, 0% of prompt tokens from the prefix cache, "
+        "0 blocks swapped out and 0 in",
+    ]
+
+
 def test_counts_that_do_not_add_up_are_our_bug() -> None:
     with pytest.raises(AssertionError, match="3 rows ended of 4"):
         RunSummary(uri="o", total_rows=4, ok_rows=3, failed_rows=0, skipped_rows=0, wall_s=1.0)
