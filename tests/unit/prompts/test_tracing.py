@@ -244,7 +244,7 @@ JOB_STATEMENTS = (
     "{{ T }}", "{{ T }}", "words ", "{% if C %}S{% else %}S{% endif %}", "{% if C %}S{% endif %}",
     "{% set b = T %}", "{% set d %}S{% endset %}{{ d }}",
     "{% for i in range(2) %}{{ i }}S{% endfor %}", "{% block name %}S{% endblock %}",
-    "{{ self.name() }}", "{% autoescape true %}S{% endautoescape %}",
+    "{{ self.name() }}",
 )  # fmt: skip
 JOB_CONDITIONS = tuple(
     condition
