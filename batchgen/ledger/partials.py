@@ -4,9 +4,10 @@ A file holds the rows of one flush, of any units:
 
     "BGPART2\\n" | sha256 of all that follows | length of the head | head | Arrow IPC stream
 
-The head is JSON: the job, failures, skips, and the keys and counts of the output rows. The values
-of the output rows are a record batch of the output schema, so that they come back as the types
-that went in, which JSON could not promise.
+The head is JSON: the job, failures, skips, and the keys and counts of the output rows. A key is a
+list of its two numbers; objects, as earlier versions wrote them, are read, too. The values of the
+output rows are a record batch of the output schema, so that they come back as the types that went
+in, which JSON could not promise.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ _CHARS_PER_SCAN = 4096  # of text that a method or filter goes through in the ti
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _MAX_KNOWN_ATTRIBUTES = 1024
 _METHODS = (BuiltinMethodType, MethodType)
+_SIZED = (str, list, tuple)
 
 _FORMAT_METHODS = frozenset({"format", "format_map"})
 _TEXT_METHODS = CHECKED_METHODS | {
@@ -254,12 +255,16 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """The sum, paid for."""
         for term in terms:
             total = total + term
+            if isinstance(total, _SIZED) and len(total) > self.budget.chars_left:
+                break  # made() raises
         return self.made(total)
 
     def concatenated(self, *values: Any) -> Any:
         """The values as one text, paid for."""
         if self.trace is None:
-            return self.made("".join(map(str, values)))
+            pieces = list(map(str, values))
+            self.budget.chars(sum(map(len, pieces)))
+            return "".join(pieces)
         texts = [value if type(value) is Symbol else str(value) for value in values]
         return self.made(self.trace.joined(texts))
 

@@ -78,19 +78,27 @@ class Trace:
     """One run of a template over symbols."""
 
     def __init__(self, texts: Texts) -> None:
-        self.symbols = [Symbol(self, (Ref(index),)) for index in range(len(texts))]
+        """Raises Untraceable for more texts than a trace may have parts."""
         self.asked: list[tuple[Question, Hashable]] = []
         self.num_written = 0
+        self.num_made = 0  # parts, of all symbols
         self.num_parts = 0  # that were paid for
         self.num_chars = 0  # of these, those of the template
         self.num_uses = [0] * len(texts)  # and how often each text is among them
         self._texts = texts
+        self.symbols = [Symbol(self, (Ref(index),)) for index in range(len(texts))]
 
     def ask(self, question: Question) -> Any:
         """The answer for this row's texts, noted."""
         answer = question.answer(self._texts)
         self.asked.append((question, answer))
         return answer
+
+    def make(self, num_parts: int) -> None:
+        """Note that a symbol of so many parts is made, which may cost a rendering nothing."""
+        self.num_made += num_parts
+        if self.num_made > _MAX_PARTS:
+            raise Untraceable
 
     def pay(self, parts: Parts) -> None:
         """Note that a rendering makes a text of these parts, and pays for it."""
@@ -117,6 +125,8 @@ class Trace:
                 self.num_written -= 1
             else:
                 parts.append(str.__str__(piece))
+            if is_symbol and len(parts) > _MAX_PARTS:
+                raise Untraceable
         if not is_symbol:
             return joined(tuple(parts), ())
         symbol = Symbol(self, tuple(parts))
@@ -158,6 +168,7 @@ class Symbol:
     __slots__ = ("_parts", "_trace")
 
     def __init__(self, trace: Trace, parts: Parts) -> None:
+        trace.make(len(parts))
         self._trace = trace
         self._parts = parts
 

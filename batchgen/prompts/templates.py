@@ -38,6 +38,7 @@ RENDER_ERRORS = (
 _REFUSED_BLOCKS: dict[type[jinja2.nodes.Node], str] = {
     jinja2.nodes.FilterBlock: "apply the filter inside {{ }}",
     jinja2.nodes.CallBlock: "call the macro inside {{ }}",
+    jinja2.nodes.ScopedEvalContextModifier: "apply `escape` inside {{ }}, not {% autoescape %}",
     jinja2.nodes.Include: "write its text here",
     jinja2.nodes.Import: "write its macros here",
     jinja2.nodes.FromImport: "write its macros here",

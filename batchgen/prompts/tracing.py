@@ -178,9 +178,8 @@ class TracedTemplate:
         self, ways: _Ways, texts: Texts, make_context: MakeContext, pieces: Sequence[str]
     ) -> None:
         """Take note of the way that gave these pieces, if it can be traced."""
-        trace = Trace(texts)
-        self._environment.trace = trace
         try:
+            trace = self._environment.trace = Trace(texts)
             traced = self.generate(make_context(trace.symbols))
             num_seen = sum(type(piece) is Written for piece in traced)
             # What was written and then joined to a plain text has lost the symbol.

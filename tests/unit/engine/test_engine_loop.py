@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from typing import Any, cast
 
 import numpy as np
@@ -101,7 +102,7 @@ def random_prompts(count: int, distinct: int) -> list[Prompt]:
     return [
         Prompt(
             key=RowKey(unit_id=0, index=index),
-            token_ids=rng.choice(texts),
+            token_ids=array("i", rng.choice(texts)),
             max_tokens=50,
             seeds=(index,),
         )

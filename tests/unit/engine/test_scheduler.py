@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from array import array
 
 import numpy as np
 import pytest
@@ -44,7 +45,11 @@ def prompt(
     key = RowKey(unit_id=0, index=index)
     seeds = tuple(output_key(index, sample) for sample in range(n))
     return Prompt(
-        key=key, token_ids=tokens, max_tokens=max_tokens, seeds=seeds, ignore_eos=ignore_eos
+        key=key,
+        token_ids=array("i", tokens),  # as prompts.builder makes them
+        max_tokens=max_tokens,
+        seeds=seeds,
+        ignore_eos=ignore_eos,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,17 @@ def commit_all(ledger: Ledger, unit_id: int) -> bool:
     unit = ledger.plan.units[unit_id]
     results = make_results(unit)
     return ledger.commit(unit, make_part(results), results, wall_s=1.5)
+
+
+def with_keys_as_objects(data: bytes) -> bytes:
+    """A partial, or a file of unfinished rows, as versions wrote it whose row keys were objects."""
+    magic, body = data[:8], data[8 + hashlib.sha256().digest_size :]
+    head_end = 8 + int.from_bytes(body[:8], "big")
+    key = rb'"key":\[(\d+),(\d+)\]'
+    head = re.sub(key, rb'"key":{"unit_id":\1,"index":\2}', body[8:head_end])
+    assert head != body[8:head_end]
+    body = len(head).to_bytes(8, "big") + head + body[head_end:]
+    return magic + hashlib.sha256(body).digest() + body
 
 
 def local_storage(path: object) -> Storage:

@@ -18,6 +18,7 @@ from ledger_factories import (
     make_results,
     open_ledger,
     steady,
+    with_keys_as_objects,
 )
 
 from batchgen.errors import BatchgenError
@@ -105,6 +106,16 @@ def test_values_come_back_exactly(data):
         assert (back.key, back.address) == (row.key, row.address)
         assert (back.num_prompt_tokens, back.num_output_tokens) == (row.num_prompt_tokens, 2**40)
     assert encode_partial(decoded, job_id=job.job_id, schema=schema) == encoded
+
+
+def test_rows_of_earlier_versions_come_back():
+    job = make_job()
+    rows = [make_result(unit.unit_id, i) for unit in job.plan.units for i in range(unit.num_rows)]
+    data = encode_partial(rows, job_id=job.job_id, schema=SCHEMA)
+    decoded = decode_partial(with_keys_as_objects(data), job, "where")
+    assert decoded == decode_partial(data, job, "where")
+    assert {type(row.key) for row in decoded} == {RowKey}
+    assert len(decoded) == len(rows)
 
 
 def test_extremes_come_back_exactly():

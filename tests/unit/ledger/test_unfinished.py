@@ -13,6 +13,7 @@ from ledger_factories import (
     make_results,
     open_ledger,
     steady,
+    with_keys_as_objects,
 )
 
 from batchgen.errors import BatchgenError
@@ -55,6 +56,13 @@ def by_key(*rows: UnfinishedRow) -> dict[RowKey, UnfinishedRow]:
 def test_rows_come_back_exactly(rows):
     job = make_job()
     assert decode_unfinished(encode_unfinished(rows, job_id=job.job_id), job, "where") == rows
+
+
+def test_rows_of_earlier_versions_come_back():
+    job = make_job()
+    rows = [make_row(0, 1, 3), make_row(1, 0, 2)]
+    data = encode_unfinished(rows, job_id=job.job_id)
+    assert decode_unfinished(with_keys_as_objects(data), job, "where") == rows
 
 
 def test_every_truncation_and_every_changed_byte_is_noticed():

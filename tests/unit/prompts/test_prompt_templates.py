@@ -149,6 +149,7 @@ def test_the_first_row_may_fail_by_itself() -> None:
         ("{% if text %}", "line 1"),
         ("a\n{% filter upper %}{{ text }}{% endfilter %}", r"uses a FilterBlock in line 2"),
         ("{% call f() %}{% endcall %}", "CallBlock"),
+        ("{% autoescape true %}{{ text }}{% endautoescape %}", "ScopedEvalContextModifier"),
         ("{% include 'x' %}", "Include"),
     ],
 )

@@ -49,6 +49,9 @@ TEXTS = {
     "times a list": "{{ [1] * 10**10 }}",
     "doubled by +": doubling("'a'", "{% set ns.x = ns.x + ns.x %}"),
     "doubled by ~": doubling("'a'", "{% set ns.x = ns.x ~ ns.x %}"),
+    "one long +": "{% set x = 'a' * 10**6 %}{{ x" + " + x" * 400 + " }}",
+    "one long + of lists": "{% set x = [1] * 10**6 %}{{ x" + " + x" * 400 + " }}",
+    "one long ~": "{% set x = 'a' * 10**6 %}{{ x" + " ~ x" * 4000 + " }}",
     "doubled by set": doubling(
         "'a'", "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}"
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from model_chat_templates import MODEL_CHAT_TEMPLATES
 from prompt_factories import CHATML, make_tokenizer
 
 from batchgen.errors import UsageError
-from batchgen.prompts import budget
+from batchgen.prompts import budget, symbols
 from batchgen.prompts import chat_template as chat_template_module
 from batchgen.prompts.budget import TemplateLimitError
 from batchgen.prompts.chat_template import ChatTemplate
@@ -244,7 +245,7 @@ JOB_STATEMENTS = (
     "{{ T }}", "{{ T }}", "words ", "{% if C %}S{% else %}S{% endif %}", "{% if C %}S{% endif %}",
     "{% set b = T %}", "{% set d %}S{% endset %}{{ d }}",
     "{% for i in range(2) %}{{ i }}S{% endfor %}", "{% block name %}S{% endblock %}",
-    "{{ self.name() }}", "{% autoescape true %}S{% endautoescape %}",
+    "{{ self.name() }}",
 )  # fmt: skip
 JOB_CONDITIONS = tuple(
     condition
@@ -354,15 +355,36 @@ def test_a_long_text_does_not_pass_the_budget_by_a_short_one_s_way(
         template.render(chat("long" * 1000))
 
 
-def test_a_trace_is_not_longer_than_a_rendering() -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(100000) %}{% set ns.x = ns.x + messages[0].content %}{% endfor %}",
+        "{% for i in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+        + "{% set y = ns.x" + " + ns.x" * 400 + " %}",
+        "{% for i in range(16) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+        + "{% set y = ns.x" + " ~ ns.x" * 4000 + " %}",
+    ],
+)  # fmt: skip
+def test_a_trace_takes_no_more_than_a_rendering_may(source: str) -> None:
     """An empty text can be added without end, and costs nothing."""
-    template = chat_template(
-        "{% set ns = namespace(x='') %}{% for i in range(100000) %}"
-        "{% set ns.x = ns.x + messages[0].content %}{% endfor %}{{ ns.x }}"
-    )
-    began_s = time.process_time()
-    assert template.render(chat("")) == ""
-    assert time.process_time() - began_s < 5
+    template = chat_template("{% set ns = namespace(x=messages[0].content) %}" + source)
+    tracemalloc.start()
+    try:
+        began_s = time.process_time()
+        assert template.render(chat("")) == ""
+        assert time.process_time() - began_s < 5
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_chat_of_more_texts_than_a_trace_takes_is_rendered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(symbols, "_MAX_PARTS", 3)
+    template = chat_template("{{ messages[-1].content }}")
+    for turns in ("ab", "abcd", "abce"):
+        assert template.render(chat(*turns)) == turns[-1]
 
 
 def test_the_time_is_the_row_s(monkeypatch: pytest.MonkeyPatch) -> None:
